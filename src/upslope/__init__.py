@@ -1,0 +1,1 @@
+"""upslope: policy gradients from the theorem to practice."""
