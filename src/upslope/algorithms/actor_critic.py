@@ -1,0 +1,164 @@
+"""Actor-critic methods that learn from fragments of trajectories: one-step (Sutton & Barto 13.5) and A2C.
+
+    delta_t = r_t + g_t V'_t - V_t                        one step: Psi_t = delta_t, target = r_t + g_t V'_t
+    A_t = delta_t + g_t lambda (1 - c_t) A_{t+1}          A2C: Psi_t = GAE, target = A_t + V_t
+    loss = sum_t w_t [ -l_t Psi_t + c_V * 0.5 (V_t - target_t)^2 - c_H H_t ],  w_t = m_t / sum(m)
+
+The two differ in lambda alone (0 for one step), in the length of the fragments, and in gamma^t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from upslope.algorithms.protocol import Loss, Now, Passes, State
+from upslope.estimators import (
+    discount_weight,
+    gae,
+    score_function,
+    squared_value_error,
+    standardise,
+    step_mean,
+    td_residual,
+    weighted_sum,
+)
+from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneStepActorCritic:
+    """One-step actor-critic: the TD residual is both the critic's error and the actor's Psi."""
+
+    gamma: float = 0.99
+    """Discount factor per step."""
+    discounted_states: bool = False
+    """True keeps the book's I = gamma^t, the gradient of J_gamma; False drops it."""
+    value_coefficient: float = 0.5
+    """Multiplier of 0.5 (V - target)^2."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+
+    @property
+    def passes(self) -> Passes:
+        """One step on each fragment."""
+        return Passes()
+
+    def initial_state(self) -> State:
+        """Nothing is carried."""
+        return {}
+
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+        """delta_t, times gamma^t if asked for; the critic's target is delta_t + V_t."""
+        assert value is not None
+        assert next_value is not None
+        delta = td_residual(trajectory.reward, trajectory.discount(self.gamma), value, next_value)
+        weight = discount_weight(trajectory.time, self.gamma).to(delta.dtype) if self.discounted_states else 1.0
+        return Signal(advantage=delta * weight, value_target=delta + value)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Every step counts the same."""
+        return replace(batch, weight=step_mean(batch.mask))
+
+    def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+        """Score function, value error, entropy bonus."""
+        return score_and_value_loss(batch, evaluation, self.value_coefficient, self.entropy_coefficient)
+
+    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
+        """Nothing is carried."""
+        return state
+
+    def describe(self) -> Mapping[str, str]:
+        """The estimator in words."""
+        return {
+            "Psi": f"TD residual(gamma={self.gamma})",
+            "state weights": "gamma^t kept: the gradient of J_gamma" if self.discounted_states else "gamma^t dropped",
+            "advantage scale": "none",
+            "ratio": "none (score function)",
+            "value error": f"{self.value_coefficient} x 0.5 (V - target)^2; target = r + gamma V'",
+            "entropy bonus": str(self.entropy_coefficient),
+            "reduction": "step_mean over the fragment",
+            "passes": "1 step per fragment",
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class A2C:
+    """Advantage actor-critic (Mnih et al. 2016, synchronous): one score-function step per short fragment."""
+
+    gamma: float = 0.99
+    """Discount factor per step."""
+    gae_lambda: float = 1.0
+    """1 gives n-step advantages up to the fragment's end."""
+    normalize_advantage: bool = False
+    """Standardise advantages over the batch."""
+    value_coefficient: float = 1.0
+    """Multiplier of 0.5 (V - target)^2; SB3's vf_coef=0.5 is 1.0 here."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+
+    @property
+    def passes(self) -> Passes:
+        """One step on each fragment."""
+        return Passes()
+
+    def initial_state(self) -> State:
+        """Nothing is carried."""
+        return {}
+
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+        """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
+        assert value is not None
+        assert next_value is not None
+        discount = trajectory.discount(self.gamma)
+        advantage = gae(trajectory.reward, discount, value, next_value, trajectory.cut, gae_lambda=self.gae_lambda)
+        return Signal(advantage=advantage, value_target=advantage + value)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Every step counts the same."""
+        advantage = standardise(batch.advantage, batch.mask) if self.normalize_advantage else batch.advantage
+        return replace(batch, advantage=advantage, weight=step_mean(batch.mask))
+
+    def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+        """Score function, value error, entropy bonus."""
+        return score_and_value_loss(batch, evaluation, self.value_coefficient, self.entropy_coefficient)
+
+    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
+        """Nothing is carried."""
+        return state
+
+    def describe(self) -> Mapping[str, str]:
+        """The estimator in words."""
+        return {
+            "Psi": f"GAE(gamma={self.gamma}, lambda={self.gae_lambda})",
+            "state weights": "gamma^t dropped",
+            "advantage scale": "standardised over the batch" if self.normalize_advantage else "none",
+            "ratio": "none (score function)",
+            "value error": f"{self.value_coefficient} x 0.5 (V - target)^2; target = GAE + V",
+            "entropy bonus": str(self.entropy_coefficient),
+            "reduction": "step_mean over the batch",
+            "passes": "1 step per batch",
+        }
+
+
+def score_and_value_loss(
+    batch: Batch, evaluation: Evaluation, value_coefficient: float, entropy_coefficient: float
+) -> Loss:
+    """sum_t w_t [ -l_t Psi_t + c_V * 0.5 (V_t - target_t)^2 - c_H H_t ] with its parts as metrics."""
+    assert evaluation.value is not None
+    assert batch.value_target is not None
+    objective = score_function(evaluation.log_prob, batch.advantage)
+    value_error = squared_value_error(evaluation.value, batch.value_target)
+    per_step = value_coefficient * value_error - objective
+    if entropy_coefficient != 0.0:
+        per_step = per_step - entropy_coefficient * evaluation.entropy
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": -weighted_sum(objective, batch.weight),
+            "value_loss": weighted_sum(value_error, batch.weight),
+            "entropy": weighted_sum(evaluation.entropy, batch.weight),
+        }
+    return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)

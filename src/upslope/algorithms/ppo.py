@@ -1,0 +1,212 @@
+"""Proximal policy optimisation (Schulman et al. 2017): several optimiser steps per batch, held near the old policy.
+
+    rho_t = exp(l_t - b_t)
+    objective_t = min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t)                     clip
+    objective_t = rho_t A_t - beta KL(old || new)                                         KL penalty
+    loss = sum_t w_t [ -objective_t + c_V * 0.5 (V_t - target_t)^2 - c_H H_t ],  w_t = m_t / sum(m)
+
+Left out on purpose: no reward clipping, no early episode cuts; a time limit bootstraps from the true last observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, scheduled
+from upslope.estimators import (
+    clipped,
+    clipped_value_error,
+    gae,
+    importance_weighted,
+    k3,
+    squared_value_error,
+    standardise,
+    step_mean,
+    weighted_sum,
+)
+from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PPO:
+    """PPO with a clipped ratio by default; every departure from that is an option and off."""
+
+    gamma: float = 0.99
+    """Discount factor per step."""
+    gae_lambda: float = 0.95
+    """1 trusts the returns, 0 trusts the critic."""
+    epochs: int = 4
+    """Passes over each batch."""
+    minibatches: int = 4
+    """Optimiser steps per pass."""
+    clip: float | None = 0.2
+    """How far the ratio may leave 1 before its gradient stops; None for no clipping (with a KL penalty)."""
+    clip_schedule: ScheduleName = "constant"
+    """How the clip moves over the run."""
+    normalize_advantage: bool = True
+    """Standardise advantages within each minibatch."""
+    value_coefficient: float = 0.5
+    """Multiplier of 0.5 (V - target)^2. SB3's vf_coef=0.5 is 1.0 here; CleanRL's 0.5 is 0.5."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    dual_clip: float | None = None
+    """For negative advantages, never let the objective fall below this multiple (> 1) of the advantage."""
+    value_clip: float | None = None
+    """Keep V within this distance of its old prediction (max of the clipped and the unclipped error)."""
+    value_clip_pessimistic: bool = True
+    """False takes the clipped error alone, as SB3 does."""
+    kl_coefficient: float = 0.0
+    """beta: weight of the exact KL(old || new) penalty at the start of the run."""
+    kl_target: float | None = None
+    """Adapt beta to this KL: doubled beyond 1.5 of it, halved below 1 / 1.5 of it; None keeps beta."""
+    target_kl: float | None = None
+    """Stop an update early when the estimated KL(old || new) passes this."""
+    kl_stop: Literal["before_step", "after_epoch"] = "before_step"
+    """Look before every step (beyond 1.5 target_kl), or after each pass (beyond target_kl)."""
+    recompute_advantage: bool = False
+    """Compute advantages anew with the current critic before each pass after the first."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that have no meaning."""
+        if self.clip is None and self.kl_coefficient == 0.0:
+            raise ValueError("PPO needs something to hold it: set clip (0.2 is usual) or kl_coefficient > 0")
+        if self.clip is not None and not 0.0 < self.clip < 1.0:
+            raise ValueError(f"clip is a distance from 1 between 0 and 1, got {self.clip}")
+        if self.dual_clip is not None and self.dual_clip <= 1.0:
+            raise ValueError(f"dual_clip must be greater than 1, got {self.dual_clip}")
+        if self.dual_clip is not None and self.clip is None:
+            raise ValueError("dual_clip bounds the clipped objective: set clip too")
+        if self.kl_target is not None and self.kl_coefficient == 0.0:
+            raise ValueError("kl_target adapts the penalty: set kl_coefficient to its first value, for example 1.0")
+        if self.epochs < 1 or self.minibatches < 1:
+            raise ValueError(f"epochs and minibatches must be at least 1, got {self.epochs} and {self.minibatches}")
+
+    @property
+    def passes(self) -> Passes:
+        """Several passes of shuffled minibatches."""
+        return Passes(
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            behaviour_distribution=self.kl_coefficient > 0.0,
+            recompute_advantage=self.recompute_advantage,
+            target_kl=self.target_kl,
+            kl_stop=self.kl_stop,
+        )
+
+    def initial_state(self) -> State:
+        """The penalty's coefficient is the only number carried."""
+        return {"kl_coefficient": self.kl_coefficient} if self.kl_coefficient > 0.0 else {}
+
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+        """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
+        assert value is not None
+        assert next_value is not None
+        discount = trajectory.discount(self.gamma)
+        advantage = gae(trajectory.reward, discount, value, next_value, trajectory.cut, gae_lambda=self.gae_lambda)
+        return Signal(advantage=advantage, value_target=advantage + value)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Every step counts the same; advantages are standardised over the optimiser step."""
+        advantage = standardise(batch.advantage, batch.mask) if self.normalize_advantage else batch.advantage
+        return replace(batch, advantage=advantage, weight=step_mean(batch.mask))
+
+    def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+        """Clipped or penalised surrogate, value error and entropy bonus."""
+        assert evaluation.value is not None
+        clip = None if self.clip is None else scheduled(self.clip_schedule, self.clip, now.progress)
+        if clip is None:
+            objective = importance_weighted(evaluation.log_prob, batch.behaviour_log_prob, batch.advantage)
+        else:
+            objective = clipped(
+                evaluation.log_prob,
+                batch.behaviour_log_prob,
+                batch.advantage,
+                low=clip,
+                high=clip,
+                dual_clip=self.dual_clip,
+            )
+        value_error = self.value_error(batch, evaluation.value)
+        per_step = self.value_coefficient * value_error - objective
+        if self.entropy_coefficient != 0.0:
+            per_step = per_step - self.entropy_coefficient * evaluation.entropy
+        metrics = surrogate_metrics(batch, evaluation, objective, value_error, clip)
+        if self.kl_coefficient > 0.0:
+            assert batch.behaviour_distribution is not None
+            kl = batch.behaviour_distribution.kl(evaluation.distribution)
+            per_step = per_step + now.state["kl_coefficient"] * kl
+            metrics["kl_exact"] = weighted_sum(kl.detach(), batch.weight)
+        return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
+
+    def value_error(self, batch: Batch, value: Tensor) -> Tensor:
+        """0.5 (V - target)^2 per step, clipped if asked for."""
+        assert batch.value_target is not None
+        if self.value_clip is None:
+            return squared_value_error(value, batch.value_target)
+        assert batch.behaviour_value is not None
+        return clipped_value_error(
+            value,
+            batch.value_target,
+            batch.behaviour_value,
+            clip=self.value_clip,
+            pessimistic=self.value_clip_pessimistic,
+        )
+
+    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
+        """beta doubles when KL > 1.5 target and halves when KL < target / 1.5 (paper, section 4)."""
+        if self.kl_target is None:
+            return state
+        beta, kl = state["kl_coefficient"], metrics["kl_exact_last"]
+        if kl > 1.5 * self.kl_target:
+            return {"kl_coefficient": beta * 2.0}
+        if kl < self.kl_target / 1.5:
+            return {"kl_coefficient": beta / 2.0}
+        return state
+
+    def describe(self) -> Mapping[str, str]:
+        """The estimator in words."""
+        low = "no clip" if self.clip is None else f"ratio clipped to [1 - {self.clip}, 1 + {self.clip}]"
+        adaptive = f", adapted to {self.kl_target}" if self.kl_target is not None else ""
+        value = "0.5 (V - target)^2"
+        if self.value_clip is not None:
+            value += f", V clipped to +-{self.value_clip} around the old" + (
+                ", the larger of the two errors" if self.value_clip_pessimistic else ", the clipped error alone"
+            )
+        return {
+            "Psi": f"GAE(gamma={self.gamma}, lambda={self.gae_lambda})",
+            "state weights": "gamma^t dropped (follows sum_s eta_1(s) sum_a grad pi q_gamma, not grad J_gamma)",
+            "advantage scale": "standardised per minibatch" if self.normalize_advantage else "none",
+            "ratio": "per step, exp(log_prob - behaviour_log_prob)",
+            "clip": f"{low} ({self.clip_schedule})" + (f", dual clip {self.dual_clip}" if self.dual_clip else ""),
+            "KL": f"exact KL(old || new) in the loss, beta={self.kl_coefficient}{adaptive}"
+            if self.kl_coefficient
+            else "none",
+            "KL stop": "never" if self.target_kl is None else f"{self.kl_stop}, target {self.target_kl} (k3 estimate)",
+            "value error": f"{self.value_coefficient} x {value}; target = GAE + V",
+            "entropy bonus": str(self.entropy_coefficient),
+            "reduction": "step_mean over each minibatch",
+            "passes": f"{self.epochs} epochs x {self.minibatches} minibatches"
+            + (", advantages recomputed before each pass" if self.recompute_advantage else ""),
+        }
+
+
+def surrogate_metrics(
+    batch: Batch, evaluation: Evaluation, objective: Tensor, value_error: Tensor, clip: float | None
+) -> dict[str, Tensor]:
+    """Means over the batch of what one watches in a surrogate method."""
+    with torch.no_grad():
+        weight = batch.weight
+        metrics = {
+            "policy_loss": -weighted_sum(objective, weight),
+            "value_loss": weighted_sum(value_error, weight),
+            "entropy": weighted_sum(evaluation.entropy, weight),
+            "kl": weighted_sum(k3(batch.behaviour_log_prob, evaluation.log_prob), weight),
+        }
+        if clip is not None:
+            outside = (torch.exp(evaluation.log_prob - batch.behaviour_log_prob) - 1.0).abs_() > clip
+            metrics["clip_fraction"] = weighted_sum(outside.to(weight.dtype), weight)
+        return metrics

@@ -1,0 +1,114 @@
+"""What the training loop asks of an algorithm. The loop knows no algorithm by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+from torch import Tensor
+
+from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
+
+State: TypeAlias = Mapping[str, float]
+"""Numbers an algorithm carries from update to update, such as an adaptive coefficient. Saved in checkpoints."""
+
+ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
+"""How a coefficient moves over a run: not at all, to zero in a straight line, or to zero along half a cosine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """How the steps of one update are used.
+
+    Attributes:
+        epochs: passes over the data.
+        minibatches: optimiser steps per pass; sizes differ by one step at most.
+        critic: whether the algorithm needs a policy with a critic.
+        whole_episodes: whether Psi needs trajectories from their start to their end.
+        behaviour_distribution: whether the loss needs the distributions that acted.
+        recompute_advantage: compute Psi anew, with the current critic, before each pass after the first.
+        target_kl: stop the update when the estimated KL(old || new) passes it; None never stops.
+        kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
+            looks at the last minibatch of each pass and stops beyond target_kl.
+    """
+
+    epochs: int = 1
+    minibatches: int = 1
+    critic: bool = True
+    whole_episodes: bool = False
+    behaviour_distribution: bool = False
+    recompute_advantage: bool = False
+    target_kl: float | None = None
+    kl_stop: Literal["before_step", "after_epoch"] = "before_step"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Now:
+    """Where the run stands: `progress` from 0 to 1 by environment steps, and the algorithm's carried numbers."""
+
+    progress: float = 0.0
+    state: State = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A scalar to minimise, the sum of weight x value over steps, and detached scalars worth seeing."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class Algorithm(Protocol):
+    """A frozen dataclass of hyperparameters with these formulas."""
+
+    @property
+    def gamma(self) -> float:
+        """The discount factor; the reward normaliser uses the same."""
+        ...
+
+    @property
+    def passes(self) -> Passes:
+        """How the steps of one update are used."""
+        ...
+
+    def initial_state(self) -> State:
+        """The carried numbers before the first update."""
+        ...
+
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+        """Psi_t and the critic's target, [B, T]."""
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Weights and advantage scaling, once per optimiser step, before any split into micro-batches."""
+        ...
+
+    def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+        """The scalar whose gradient the optimiser follows downhill."""
+        ...
+
+    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
+        """The carried numbers after an update, from its mean metrics."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """The exact estimator in words: Psi, scale, ratio, clip, KL, value error, reduction."""
+        ...
+
+
+def scheduled(name: ScheduleName, initial: float, progress: float) -> float:
+    """A coefficient at a point of the run.
+
+    >>> [scheduled("linear", 2.0, p) for p in (0.0, 0.5, 1.0)]
+    [2.0, 1.0, 0.0]
+    >>> scheduled("constant", 2.0, 0.7), round(scheduled("cosine", 2.0, 0.5), 12)
+    (2.0, 1.0)
+    """
+    remaining = 1.0 - min(max(progress, 0.0), 1.0)
+    if name == "constant":
+        return initial
+    if name == "linear":
+        return initial * remaining
+    return initial * math.sin(0.5 * math.pi * remaining) ** 2

@@ -1,0 +1,140 @@
+"""REINFORCE (Williams 1992) with any of the six choices of Psi_t, over whole trajectories.
+
+    grad J = E[ sum_t gamma^t grad l_t Psi_t ]
+    loss = sum_{b,t} w_bt [ -gamma^t l_t Psi_t + c_V * 0.5 (V_t - target_t)^2 - c_H H_t ],  w_bt = m_bt / N
+
+With psi="baselined" this is REINFORCE with a learned baseline (Sutton & Barto section 13.4). Choices that ask the
+critic for what follows ("action_value", "advantage", "td_residual") bootstrap at a time limit; the others take the
+time limit as part of the task: what would follow counts as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from upslope.algorithms.protocol import Loss, Now, Passes, State
+from upslope.estimators import (
+    discount_weight,
+    gae,
+    lambda_return,
+    reward_to_go,
+    score_function,
+    squared_value_error,
+    standardise,
+    td_residual,
+    total_reward,
+    trajectory_sum,
+    weighted_sum,
+)
+from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
+
+Psi: TypeAlias = Literal["total_reward", "reward_to_go", "baselined", "action_value", "advantage", "td_residual"]
+"""What multiplies the score function."""
+
+_WITHOUT_CRITIC = ("total_reward", "reward_to_go")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reinforce:
+    """The score-function estimator over whole episodes; one optimiser step per batch."""
+
+    gamma: float = 0.99
+    """Discount factor per step."""
+    psi: Psi = "reward_to_go"
+    """What multiplies the score: total_reward, reward_to_go, baselined, action_value, advantage or td_residual."""
+    gae_lambda: float = 0.95
+    """For action_value (lambda-return) and advantage (GAE)."""
+    discounted_states: bool = False
+    """True keeps the theorem's gamma^t: the gradient of J_gamma. False, as nearly everyone does, drops it."""
+    normalize_advantage: bool = False
+    """Standardise Psi over the batch: steadier steps, no longer unbiased."""
+    value_coefficient: float = 0.5
+    """Multiplier of 0.5 (V - target)^2, where psi uses a critic."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+
+    @property
+    def passes(self) -> Passes:
+        """One step on whole episodes."""
+        return Passes(critic=self.psi not in _WITHOUT_CRITIC, whole_episodes=True)
+
+    def initial_state(self) -> State:
+        """Nothing is carried."""
+        return {}
+
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+        """Psi_t by the chosen row of the table, times gamma^t if asked for."""
+        reward, cut, discount = trajectory.reward, trajectory.cut, trajectory.discount(self.gamma)
+        target = None if value is None else reward_to_go(reward, discount, cut)
+        if self.psi == "total_reward":
+            psi = total_reward(reward, discount, cut)
+        elif self.psi == "reward_to_go":
+            psi = reward_to_go(reward, discount, cut)
+        else:
+            assert value is not None
+            assert next_value is not None
+            if self.psi == "baselined":
+                psi = reward_to_go(reward, discount, cut) - value
+            else:
+                returns = lambda_return(reward, discount, next_value, cut, trace_decay=self.gae_lambda)
+                target = returns
+                if self.psi == "action_value":
+                    psi = returns
+                elif self.psi == "advantage":
+                    psi = gae(reward, discount, value, next_value, cut, gae_lambda=self.gae_lambda)
+                else:
+                    psi = td_residual(reward, discount, value, next_value)
+        if self.discounted_states and self.psi != "total_reward":
+            psi = psi * discount_weight(trajectory.time, self.gamma).to(psi.dtype)
+        return Signal(advantage=psi, value_target=target)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Each trajectory's sum counts the same."""
+        advantage = standardise(batch.advantage, batch.mask) if self.normalize_advantage else batch.advantage
+        return replace(batch, advantage=advantage, weight=trajectory_sum(batch.mask))
+
+    def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+        """The negative score-function objective, plus the critic's error and the entropy bonus."""
+        objective = score_function(evaluation.log_prob, batch.advantage)
+        per_step = -objective
+        metrics: dict[str, Tensor] = {}
+        if batch.value_target is not None and evaluation.value is not None:
+            value_error = squared_value_error(evaluation.value, batch.value_target)
+            per_step = per_step + self.value_coefficient * value_error
+            metrics["value_loss"] = _mean(value_error, batch.mask)
+        if self.entropy_coefficient != 0.0:
+            per_step = per_step - self.entropy_coefficient * evaluation.entropy
+        metrics["policy_loss"] = -weighted_sum(objective.detach(), batch.weight)
+        metrics["entropy"] = _mean(evaluation.entropy, batch.mask)
+        return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
+
+    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
+        """Nothing is carried."""
+        return state
+
+    def describe(self) -> Mapping[str, str]:
+        """The estimator in words."""
+        kept = "gamma^t kept: the gradient of J_gamma" if self.discounted_states else "gamma^t dropped"
+        if self.psi == "total_reward":
+            kept = "none needed: gamma is inside the return"
+        with_lambda = self.psi in ("action_value", "advantage")
+        return {
+            "Psi": f"{self.psi}(gamma={self.gamma}" + (f", lambda={self.gae_lambda})" if with_lambda else ")"),
+            "state weights": kept,
+            "advantage scale": "standardised over the batch" if self.normalize_advantage else "none",
+            "ratio": "none (score function)",
+            "value error": f"{self.value_coefficient} x 0.5 (V - target)^2" if self.passes.critic else "no critic",
+            "entropy bonus": str(self.entropy_coefficient),
+            "reduction": "trajectory_sum: sum over steps, mean over trajectories",
+            "passes": "1 step per batch of whole episodes",
+        }
+
+
+def _mean(value: Tensor, mask: Tensor) -> Tensor:
+    with torch.no_grad():
+        return value[mask].mean()
