@@ -1,0 +1,16 @@
+"""Training: the loop, the optimiser step, checkpoints, run directories, logging and evaluation."""
+
+from upslope.train.config import CheckpointConfig as CheckpointConfig
+from upslope.train.config import EvaluationConfig as EvaluationConfig
+from upslope.train.config import LogConfig as LogConfig
+from upslope.train.config import OptimizerConfig as OptimizerConfig
+from upslope.train.config import RolloutConfig as RolloutConfig
+from upslope.train.config import Run as Run
+from upslope.train.evaluate import EvaluationReport as EvaluationReport
+from upslope.train.evaluate import evaluate_run as evaluate_run
+from upslope.train.loop import Result as Result
+from upslope.train.loop import Snapshot as Snapshot
+from upslope.train.loop import resume as resume
+from upslope.train.loop import train as train
+from upslope.train.saving import load as load
+from upslope.train.saving import save as save

@@ -1,0 +1,146 @@
+"""The one configuration of a run: frozen dataclasses whose defaults stand here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from upslope.algorithms import A2C, PPO, OneStepActorCritic, Reinforce
+from upslope.algorithms.protocol import ScheduleName
+from upslope.collect import EnvironmentConfig
+from upslope.policies import ActorCriticConfig
+
+AlgorithmConfig: TypeAlias = PPO | A2C | OneStepActorCritic | Reinforce
+"""The algorithms a configuration file may name. A new algorithm is one file and its name in this line."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """How much experience one update sees: fragments of `steps`, or whole `episodes`."""
+
+    steps: int | None = 128
+    """Steps per environment and update; None when whole episodes are collected."""
+    episodes: int | None = None
+    """Whole episodes per update, over all environments; None when fragments are collected."""
+
+    def __post_init__(self) -> None:
+        """Exactly one of the two."""
+        if (self.steps is None) == (self.episodes is None):
+            raise ValueError("a rollout is either `steps` per environment or whole `episodes`: set one, the other None")
+        if (self.steps or self.episodes or 0) < 1:
+            raise ValueError(f"a rollout needs at least one step or episode, got {self.steps or self.episodes}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """The optimiser, its learning rate over the run, and gradient clipping."""
+
+    kind: Literal["adam", "rmsprop", "sgd"] = "adam"
+    """Which optimiser."""
+    learning_rate: float = 3e-4
+    """At the start of the run."""
+    schedule: ScheduleName = "constant"
+    """How the learning rate moves over the run."""
+    epsilon: float = 1e-5
+    """Added to the denominator by adam and rmsprop (PyTorch's own default would be 1e-8)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    decay: float = 0.99
+    """RMSprop's decay rate of the squared gradient."""
+    momentum: float = 0.0
+    """Of sgd."""
+    max_gradient_norm: float | None = 0.5
+    """Scale the whole gradient down to this norm; None never does."""
+    micro_batches: int = 1
+    """Split each optimiser step into this many parts to save memory; the gradient stays the same."""
+    max_skipped: int = 10
+    """Stop the run after this many optimiser steps in a row were skipped for a gradient that is not finite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Evaluation on separate environments with raw rewards, both sampling and taking the mode."""
+
+    times: int = 10
+    """How often during the run, evenly spread by updates; 0 for never. The end of a run always evaluates."""
+    episodes: int = 10
+    """Episodes each time, for each of the two ways to act."""
+    final_episodes: int = 20
+    """Episodes at the end of the run."""
+    environments: int = 10
+    """Evaluation environments side by side."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When to save, and how much to keep."""
+
+    times: int = 10
+    """Checkpoints during the run, evenly spread by updates; 0 for none but the last."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    every_steps: int = 2000
+    """One line of metrics per this many environment steps (or per update, if that is more)."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    wandb: bool = False
+    """Mirror the metrics to Weights & Biases (needs `pip install 'upslope[wandb]'`)."""
+    wandb_project: str = "upslope"
+    """The W&B project."""
+    progress: bool = True
+    """Show live progress in the terminal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything that decides a run."""
+
+    recipe: str = "custom"
+    """Which recipe this came from; names the run directory."""
+    environment: EnvironmentConfig
+    """Where experience comes from."""
+    policy: ActorCriticConfig = field(default_factory=ActorCriticConfig)
+    """What acts and values."""
+    algorithm: AlgorithmConfig = field(default_factory=PPO)
+    """What learns."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How much experience one update sees."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How parameters move."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How the policy is judged."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What survives."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is seen."""
+    steps: int = 100_000
+    """Environment steps of the whole run, over all environments; `1e6` may be written."""
+    seed: int = 1
+    """Decides every random number of the run."""
+    threads: int = 1
+    """CPU threads of one process; small networks are fastest with one."""
+    device: str = "cpu"
+    """Where the policy learns, in PyTorch's words."""
+    name: str | None = None
+    """Name of the run directory; None makes one from recipe and seed."""
+    directory: Path = Path("runs")
+    """Where run directories are made."""
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that have no meaning."""
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.algorithm.passes.whole_episodes and self.rollout.episodes is None:
+            raise ValueError(
+                f"{type(self.algorithm).__name__} needs whole episodes: set rollout.episodes (16, say) and "
+                "rollout.steps to None"
+            )
+        if self.algorithm.passes.critic and not self.policy.critic:
+            raise ValueError(f"{type(self.algorithm).__name__} needs a critic: set policy.critic to True")

@@ -1,0 +1,100 @@
+"""Judging a policy: separate environments, raw rewards, frozen normalisers, sampling as well as the mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from upslope.collect import EnvironmentConfig, evaluate_policy, make_environments
+from upslope.collect.vector import VectorEnvironment
+from upslope.policies import ActorCritic
+from upslope.streams import Purpose
+from upslope.train.config_file import read_run
+from upslope.train.saving import load
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationReport:
+    """Raw undiscounted returns and lengths [episodes], acting by the mode and by sampling."""
+
+    deterministic_returns: np.ndarray
+    deterministic_lengths: np.ndarray
+    stochastic_returns: np.ndarray
+    stochastic_lengths: np.ndarray
+
+    def record(self) -> dict[str, float | int]:
+        """Means and spreads over episodes, as metrics.jsonl keeps them."""
+        return {
+            "deterministic_mean": float(self.deterministic_returns.mean()),
+            "deterministic_std": float(self.deterministic_returns.std()),
+            "stochastic_mean": float(self.stochastic_returns.mean()),
+            "stochastic_std": float(self.stochastic_returns.std()),
+            "length_mean": float(self.deterministic_lengths.mean()),
+            "episodes": len(self.deterministic_returns),
+        }
+
+
+class Evaluator:
+    """Evaluation environments of a run, made once and seeded anew each time.
+
+    Args:
+        environment: as in training, but always stepped in this process.
+        environments: how many side by side.
+        seed: of the run; evaluation draws from streams of its own and never disturbs training.
+    """
+
+    def __init__(self, environment: EnvironmentConfig, *, environments: int, seed: int) -> None:
+        self._config = replace(environment, count=environments, vectorization="sync", truncation="bootstrap")
+        self._seed = seed
+        self._environments: VectorEnvironment | None = None
+
+    def evaluate(self, policy: ActorCritic, *, episodes: int, index: int) -> EvaluationReport:
+        """Both ways to act, each on the same starts.
+
+        Args:
+            policy: judged with its normalisers as they stand.
+            episodes: for each way to act; at least as many as there are environments are played.
+            index: which evaluation of the run this is; decides the starts.
+        """
+        if self._environments is None:
+            self._environments = make_environments(
+                self._config, seed=self._seed, purpose=Purpose.EVALUATION_ENVIRONMENT
+            )
+        results = [
+            evaluate_policy(
+                policy, self._environments, episodes=episodes, seed=self._seed, index=index, deterministic=deterministic
+            )
+            for deterministic in (True, False)
+        ]
+        return EvaluationReport(
+            deterministic_returns=results[0].returns,
+            deterministic_lengths=results[0].lengths,
+            stochastic_returns=results[1].returns,
+            stochastic_lengths=results[1].lengths,
+        )
+
+    def close(self) -> None:
+        """Close the environments."""
+        if self._environments is not None:
+            self._environments.close()
+            self._environments = None
+
+
+def evaluate_run(directory: Path, *, episodes: int, seed: int = 0, best: bool = False) -> EvaluationReport:
+    """Evaluate the policy a run saved.
+
+    Args:
+        directory: of the run.
+        episodes: for each way to act.
+        seed: decides starts and sampling.
+        best: take the policy that was best in evaluation instead of the latest.
+    """
+    run = read_run(directory)
+    policy = load(directory / ("best" if best else "policy"))
+    evaluator = Evaluator(run.environment, environments=min(episodes, run.evaluation.environments), seed=seed)
+    try:
+        return evaluator.evaluate(policy, episodes=episodes, index=0)
+    finally:
+        evaluator.close()

@@ -1,0 +1,390 @@
+"""The loop: collect, learn, look, save; the same for every algorithm."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from upslope.collect import EnvironmentFailure, NonFiniteError, make_environments
+from upslope.policies import ActorCritic
+from upslope.streams import Purpose
+from upslope.train.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
+from upslope.train.config import Run
+from upslope.train.config_file import config_to_tree, differences, read_run
+from upslope.train.evaluate import EvaluationReport, Evaluator
+from upslope.train.log import MetricsLog
+from upslope.train.progress import ProgressDisplay
+from upslope.train.run_directory import RunDirectory, run_name
+from upslope.train.saving import save
+from upslope.train.session import ResumeError, Session
+from upslope.train.storage import write_file_atomically
+
+_MAY_CHANGE = ("steps", "log.", "checkpoint.", "evaluation.", "name", "directory", "threads", "recipe")
+_FAILED_SAVES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """What a callback sees after every update. Read it, do not write on it.
+
+    Attributes:
+        update, steps, episodes: counted from the start of the run.
+        metrics: of this update.
+        policy: as it now stands.
+        evaluation: if one was made after this update.
+    """
+
+    update: int
+    steps: int
+    episodes: int
+    metrics: dict[str, float]
+    policy: ActorCritic
+    evaluation: EvaluationReport | None
+
+
+Callback = Callable[[Snapshot], bool | None]
+"""Called after every update; returning True ends the run, which is then saved and evaluated as at its end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+        directory: the run directory.
+        policy: as it stands at the end.
+        steps: environment steps taken.
+        interrupted: a signal ended the run early; `upslope resume` goes on.
+        evaluation: at the end, None if interrupted.
+    """
+
+    directory: Path
+    policy: ActorCritic
+    steps: int
+    interrupted: bool
+    evaluation: EvaluationReport | None
+
+
+def train(
+    run: Run,
+    *,
+    environments: Any = None,
+    encoder: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Train from the start, in a new run directory.
+
+    Args:
+        run: the configuration, for example `upslope.recipes.cartpole_ppo()`.
+        environments: an environment instance, a factory, or a Gymnasium VectorEnv to use instead of
+            `run.environment.id`.
+        encoder: a module of the user's own to read observations with.
+        callbacks: called after every update.
+
+    Returns:
+        Where everything is, the policy and its final evaluation.
+
+    Raises:
+        RunDirectoryError: if the directory holds a run already or is in use.
+        ValueError: if environment, spaces or settings do not go together.
+    """
+    with _threads(run.threads):
+        vector = make_environments(
+            run.environment if environments is None else environments,
+            run.environment,
+            seed=run.seed,
+            purpose=Purpose.ENVIRONMENT,
+        )
+        run = replace(run, environment=replace(run.environment, vectorization=_choice(run, vector.vectorization)))
+        session = Session(run, vector, encoder=encoder)
+        try:
+            with _new_directory(run) as directory:
+                write_file_atomically(directory.config_path, _config_file(run, session))
+                return _Training(session, directory, callbacks).finish()
+        finally:
+            session.close()
+
+
+def resume(
+    directory: str | Path,
+    *,
+    run: Run | None = None,
+    steps: int | None = None,
+    environments: Any = None,
+    encoder: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Go on with a run from its newest whole checkpoint, as if it had never stopped.
+
+    Args:
+        directory: the run directory.
+        run: its configuration, needed only where the recipe uses classes of the user's own.
+        steps: a new total of environment steps.
+        environments, encoder, callbacks: as given to `train`.
+
+    Raises:
+        RunDirectoryError: if there is no run there or it is in use.
+        ResumeError: if the configuration, the spaces or the network changed.
+    """
+    directory = Path(directory)
+    with RunDirectory.open(directory) as opened:
+        run = read_run(directory) if run is None else _same(run, directory)
+        if steps is not None:
+            run = replace(run, steps=steps)
+        with _threads(run.threads):
+            source = run.environment if environments is None else environments
+            vector = make_environments(source, run.environment, seed=run.seed, purpose=Purpose.ENVIRONMENT)
+            session = Session(run, vector, encoder=encoder)
+            try:
+                training = _Training(session, opened, callbacks, resumed=True)
+                return training.finish()
+            finally:
+                session.close()
+
+
+class _Training:
+    """One run being trained: its session, directory, log, evaluator and checkpoints."""
+
+    def __init__(
+        self, session: Session, directory: RunDirectory, callbacks: Sequence[Callback], *, resumed: bool = False
+    ) -> None:
+        run = session.run
+        self.session = session
+        self.directory = directory
+        self.callbacks = callbacks
+        self.best = float("-inf")
+        self.failed_saves = 0
+        self.evaluator = Evaluator(run.environment, environments=run.evaluation.environments, seed=run.seed)
+        self.display = ProgressDisplay(run.steps, enabled=run.log.progress, title=directory.name)
+        cursor = self._restore() if resumed else None
+        self.log = MetricsLog(
+            directory.metrics_path,
+            tensorboard=directory.tensorboard if run.log.tensorboard else None,
+            wandb=run.log.wandb_project if run.log.wandb else None,
+            resume_at=cursor,
+        )
+        self.pending: list[dict[str, float]] = []
+        self.clock = time.perf_counter()
+        self.logged_steps = session.steps
+
+    def _restore(self) -> int:
+        damaged: list[str] = []
+        found = latest_checkpoint(
+            self.directory.checkpoints, on_damaged=lambda path, error: damaged.append(f"{path.name}: {error}")
+        )
+        for text in damaged:
+            self.display.message(f"damaged checkpoint skipped: {text}")
+        if found is None:
+            self.display.message("no whole checkpoint yet: starting from the beginning")
+            return 0
+        self.session.load_state(found.state["session"])
+        self.best = found.state["best"]
+        return found.state["log"]
+
+    def finish(self) -> Result:
+        """Train until the end, a callback's wish or a signal; save; evaluate."""
+        session, run = self.session, self.session.run
+        with self.log, self.display, _signals() as stop:
+            try:
+                wished = False
+                while session.steps < run.steps and not stop.is_set() and not wished:
+                    wished = self._update()
+                interrupted = stop.is_set() and session.steps < run.steps and not wished
+                evaluation = None
+                if not interrupted:
+                    evaluation = self._evaluate(run.evaluation.final_episodes, final=True)
+                self._save(scheduled=False)
+            finally:
+                self.evaluator.close()
+        return Result(
+            directory=self.directory.path,
+            policy=session.policy,
+            steps=session.steps,
+            interrupted=interrupted,
+            evaluation=evaluation,
+        )
+
+    def _update(self) -> bool:
+        session, run = self.session, self.session.run
+        before = session.steps
+        try:
+            metrics = session.advance()
+        except (EnvironmentFailure, NonFiniteError) as error:
+            self._rescue(error)
+            raise
+        self.pending.append(metrics)
+        if session.steps - self.logged_steps >= run.log.every_steps:
+            self._log_training()
+        self.display.update(session.steps, metrics)
+        evaluation = None
+        if _crossed(before, session.steps, run.steps, run.evaluation.times) and session.steps < run.steps:
+            evaluation = self._evaluate(run.evaluation.episodes, final=False)
+        wished = self._call_back(metrics, evaluation)
+        if _crossed(before, session.steps, run.steps, run.checkpoint.times) and session.steps < run.steps:
+            self._save(scheduled=True)
+        return wished
+
+    def _call_back(self, metrics: dict[str, float], evaluation: EvaluationReport | None) -> bool:
+        session = self.session
+        snapshot = Snapshot(
+            update=session.update,
+            steps=session.steps,
+            episodes=session.episodes,
+            metrics=metrics,
+            policy=session.policy,
+            evaluation=evaluation,
+        )
+        answers = [callback(snapshot) for callback in self.callbacks]
+        return True in answers
+
+    def _log_training(self) -> None:
+        if not self.pending:
+            return
+        session = self.session
+        now = time.perf_counter()
+        names = dict.fromkeys(name for metrics in self.pending for name in metrics)
+        record: dict[str, Any] = {"kind": "train", "update": session.update, "episodes": session.episodes}
+        for name in names:
+            values = [metrics[name] for metrics in self.pending if name in metrics]
+            record[name] = sum(values) / len(values)
+        last = self.pending[-1]
+        record.update({name: last[name] for name in ("episode_return", "episode_length") if name in last})
+        record["steps_per_second"] = (session.steps - self.logged_steps) / max(now - self.clock, 1e-9)
+        self.log.write(record, step=session.steps)
+        self.pending, self.clock, self.logged_steps = [], now, session.steps
+
+    def _evaluate(self, episodes: int, *, final: bool) -> EvaluationReport:
+        session = self.session
+        report = self.evaluator.evaluate(session.policy, episodes=episodes, index=session.update)
+        self._log_training()
+        record = {"kind": "evaluation", "update": session.update, **report.record(), "final": final}
+        self.log.write(record, step=session.steps)
+        mean = float(report.deterministic_returns.mean())
+        if mean >= self.best:
+            self.best = mean
+            save(session.policy, self.directory.best)
+        return report
+
+    def _save(self, *, scheduled: bool) -> None:
+        self._log_training()
+        if scheduled:
+            self.session.collector.checkpoint_boundary(self.session.update)
+        try:
+            self._write(with_environments=True)
+        except CheckpointError as error:
+            self.failed_saves += 1
+            if not scheduled or self.failed_saves >= _FAILED_SAVES:
+                raise
+            self.display.message(f"checkpoint not saved, training goes on: {error}")
+        else:
+            self.failed_saves = 0
+
+    def _write(self, *, with_environments: bool) -> None:
+        session = self.session
+        tree = {
+            "session": session.state(with_environments=with_environments),
+            "best": self.best,
+            "log": self.log.cursor(),
+        }
+        save_checkpoint(self.directory.checkpoints, session.steps, tree, keep=session.run.checkpoint.keep)
+        save(session.policy, self.directory.policy)
+
+    def _rescue(self, error: Exception) -> None:
+        """An environment failed: what was learnt is saved, and the environments are made anew on resume."""
+        try:
+            self._log_training()
+            self._write(with_environments=False)
+        except CheckpointError as failure:
+            error.add_note(f"What was learnt since the last checkpoint could not be saved: {failure}")
+        else:
+            error.add_note(f"Everything learnt is saved; once it is mended: upslope resume {self.directory.path}")
+
+
+def _crossed(before: int, after: int, total: int, times: int) -> bool:
+    """Whether one of `times` evenly spread marks lies in (before, after]."""
+    return times > 0 and before * times // total != after * times // total
+
+
+def _choice(run: Run, resolved: str) -> Any:
+    return resolved if resolved in ("sync", "async", "native") else run.environment.vectorization
+
+
+@contextmanager
+def _new_directory(run: Run) -> Iterator[RunDirectory]:
+    if run.name is None:
+        directory = RunDirectory.create_numbered(run.directory, run_name(run.recipe, run.seed))
+    else:
+        directory = RunDirectory.create(run.directory, run.name)
+    with directory:
+        yield directory
+
+
+def _config_file(run: Run, session: Session) -> bytes:
+    packages = ("upslope", "torch", "numpy", "gymnasium", "safetensors")
+    tree = {
+        "run": config_to_tree(run),
+        "estimator": dict(run.algorithm.describe()),
+        "resume": session.collector.resume,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+    return (json.dumps(tree, indent=2) + "\n").encode()
+
+
+def _same(run: Run, directory: Path) -> Run:
+    """The given configuration, if it differs from the recorded one only in what may change."""
+    recorded = json.loads((directory / "config.json").read_text("utf-8"))["run"]
+    given = json.loads(json.dumps(config_to_tree(run)))
+    given["environment"]["vectorization"] = recorded["environment"]["vectorization"]
+    changed = {name: pair for name, pair in differences(recorded, given).items() if not name.startswith(_MAY_CHANGE)}
+    if changed:
+        listed = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        raise ResumeError(f"the configuration is not the one the run was started with ({listed}); start a new run")
+    vectorization = recorded["environment"]["vectorization"]
+    return replace(run, environment=replace(run.environment, vectorization=vectorization))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(limits=count):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM ask for an end after the current update; a second one ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

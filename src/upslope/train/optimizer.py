@@ -1,0 +1,106 @@
+"""One optimiser step on one flat buffer.
+
+All trainable parameters become views into a single tensor, and their gradients likewise, so that clearing, measuring,
+clipping and stepping are one call each however many layers there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from upslope.train.config import OptimizerConfig
+from upslope.trajectory import Tree
+
+
+class NonFiniteGradientError(RuntimeError):
+    """Too many optimiser steps in a row had a gradient that was not finite."""
+
+
+class FlatOptimizer:
+    """Adam, RMSprop or SGD of `torch.optim` over the flattened parameters of a module.
+
+    The parameters of the module are re-pointed into the flat buffer, which must not be undone afterwards (by moving
+    the module to another device, say).
+
+    Args:
+        module: whose parameters are trained.
+        config: kind, learning rate, clipping.
+
+    Raises:
+        ValueError: if the module has no trainable parameter, or they differ in type or device.
+    """
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("the policy has no trainable parameters")
+        if len({(parameter.dtype, parameter.device) for parameter in parameters}) != 1:
+            raise ValueError("all trainable parameters must have one type and one device")
+        self.config = config
+        self.skipped = 0
+        self.flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
+        self.gradient = torch.zeros_like(self.flat)
+        self.flat.grad = self.gradient
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.numel()
+            parameter.data = self.flat.data[start:end].view(parameter.shape)
+            parameter.grad = self.gradient[start:end].view(parameter.shape)
+            start = end
+        self._optimizer = _build(self.flat, config)
+
+    def zero_gradient(self) -> None:
+        """Clear the gradient before the backward passes of one step."""
+        self.gradient.zero_()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and take one step; a gradient that is not finite is skipped and counted.
+
+        Args:
+            learning_rate: for this step.
+
+        Returns:
+            The gradient's norm before clipping.
+
+        Raises:
+            NonFiniteGradientError: after `max_skipped` skipped steps in a row.
+        """
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        if not norm < float("inf"):
+            self.skipped += 1
+            if self.skipped >= self.config.max_skipped:
+                raise NonFiniteGradientError(
+                    f"the gradient was not finite in {self.skipped} optimiser steps in a row (norm {norm}); lower the "
+                    "learning rate, or look at the rewards and observations of the last rollout"
+                )
+            return norm
+        self.skipped = 0
+        limit = self.config.max_gradient_norm
+        if limit is not None and norm > limit:
+            self.gradient.mul_(limit / (norm + 1e-6))
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        return norm
+
+    def state(self) -> Tree:
+        """The moments and counters, for a checkpoint."""
+        moments = self._optimizer.state[self.flat]
+        return {"skipped": self.skipped, "moments": {name: value.clone() for name, value in moments.items()}}
+
+    def load_state(self, tree: Tree) -> None:
+        """Go on from `state()`."""
+        self.skipped = tree["skipped"]
+        self._optimizer.state[self.flat] = {
+            name: value.to(self.flat.device if value.dim() else value.device).clone()
+            for name, value in tree["moments"].items()
+        }
+
+
+def _build(flat: nn.Parameter, config: OptimizerConfig) -> torch.optim.Optimizer:
+    if config.kind == "adam":
+        return torch.optim.Adam([flat], lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+    if config.kind == "rmsprop":
+        return torch.optim.RMSprop([flat], lr=config.learning_rate, alpha=config.decay, eps=config.epsilon)
+    return torch.optim.SGD([flat], lr=config.learning_rate, momentum=config.momentum)

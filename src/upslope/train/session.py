@@ -1,0 +1,155 @@
+"""A run in memory: everything that moves, one update at a time, and as a tree that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from upslope.algorithms.protocol import Now, scheduled
+from upslope.collect import EnvironmentCollector
+from upslope.collect.vector import VectorEnvironment
+from upslope.policies import ActorCritic
+from upslope.spaces import space_to_tree
+from upslope.streams import Purpose, stream, torch_stream
+from upslope.train.config import Run
+from upslope.train.optimizer import FlatOptimizer
+from upslope.train.step import learn
+from upslope.trajectory import Tree
+
+
+class ResumeError(RuntimeError):
+    """A checkpoint that does not fit the run that wants to go on from it."""
+
+
+class Session:
+    """Policy, optimiser, environments and counters of one run.
+
+    Args:
+        run: the configuration, resolved.
+        environments: where experience comes from; closed with the session.
+        encoder: the user's own encoder, if any.
+    """
+
+    def __init__(self, run: Run, environments: VectorEnvironment, *, encoder: nn.Module | None = None) -> None:
+        self.run = run
+        generator = torch_stream(run.seed, Purpose.INITIALISATION)
+        spaces = (environments.observation_space, environments.action_space)
+        self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder).to(run.device)
+        self.spaces = [space_to_tree(space) for space in spaces]
+        self.optimizer = FlatOptimizer(self.policy, run.optimizer)
+        self.collector = EnvironmentCollector(
+            environments,
+            steps=run.rollout.steps,
+            episodes=run.rollout.episodes,
+            seed=run.seed,
+            truncation=run.environment.truncation,
+        )
+        self.algorithm = run.algorithm
+        self.algorithm_state = self.algorithm.initial_state()
+        self.update = 0
+        self.steps = 0
+        self.episodes = 0
+        self.returns: deque[float] = deque(maxlen=100)
+        self.lengths: deque[float] = deque(maxlen=100)
+
+    @property
+    def progress(self) -> float:
+        """The share of the run's environment steps already taken."""
+        return min(self.steps / self.run.steps, 1.0)
+
+    def advance(self) -> dict[str, float]:
+        """One update: collect, learn, and only then let the normalisers see what was collected."""
+        run, policy = self.run, self.policy
+        start = time.perf_counter()
+        trajectory = self.collector.collect(policy, self.update)
+        collected = time.perf_counter()
+        seen = trajectory
+        if policy.reward_normalizer is not None:
+            seen = replace(trajectory, reward=policy.reward_normalizer.scale(trajectory, self.algorithm.gamma))
+        learning_rate = scheduled(run.optimizer.schedule, run.optimizer.learning_rate, self.progress)
+        learned = learn(
+            policy,
+            self.algorithm,
+            self.optimizer,
+            seen,
+            now=Now(progress=self.progress, state=self.algorithm_state),
+            learning_rate=learning_rate,
+            generator=stream(run.seed, Purpose.SHUFFLE, 0, self.update),
+        )
+        policy.observe(trajectory)
+        self.algorithm_state = learned.state
+        steps = int(trajectory.mask.sum())
+        self.update += 1
+        self.steps += steps
+        for episode_return, length in self.collector.finished():
+            self.episodes += 1
+            self.returns.append(episode_return)
+            self.lengths.append(length)
+        metrics = {**learned.metrics, **{f"state/{name}": number for name, number in learned.state.items()}}
+        metrics["learning_rate"] = learning_rate
+        metrics["collect_seconds"] = collected - start
+        metrics["learn_seconds"] = time.perf_counter() - collected
+        if self.returns:
+            metrics["episode_return"] = float(np.mean(self.returns))
+            metrics["episode_length"] = float(np.mean(self.lengths))
+        return metrics
+
+    def state(self, *, with_environments: bool = True) -> Tree:
+        """All of it; without the environments if they failed, so that they are made anew on resume."""
+        return {
+            "update": self.update,
+            "steps": self.steps,
+            "episodes": self.episodes,
+            "returns": list(self.returns),
+            "lengths": list(self.lengths),
+            "spaces": self.spaces,
+            "algorithm": dict(self.algorithm_state),
+            "policy": {name: tensor.detach() for name, tensor in self.policy.state_dict().items()},
+            "optimizer": self.optimizer.state(),
+            "collector": self.collector.snapshot() if with_environments else None,
+        }
+
+    def load_state(self, tree: Tree) -> None:
+        """Go on from `state()`.
+
+        Raises:
+            ResumeError: if the spaces or the network are not those of the checkpoint.
+        """
+        for what, old, new in zip(("observation", "action"), tree["spaces"], self.spaces, strict=True):
+            if _listed(old) != _listed(new):
+                raise ResumeError(
+                    f"the {what} space of the environment changed: the checkpoint has {old}, the environment now has "
+                    f"{new}. Resume with the environment the run was made with, or start a new run"
+                )
+        try:
+            self.policy.load_state_dict(tree["policy"])
+        except RuntimeError as error:
+            raise ResumeError(
+                f"the checkpoint's network is not the one configured: {error}. Resume without changing the policy"
+            ) from error
+        self.optimizer.load_state(tree["optimizer"])
+        self.algorithm_state = dict(tree["algorithm"])
+        self.update, self.steps, self.episodes = tree["update"], tree["steps"], tree["episodes"]
+        self.returns.extend(tree["returns"])
+        self.lengths.extend(tree["lengths"])
+        if tree["collector"] is None:
+            self.collector.rebuild(self.update)
+        else:
+            self.collector.restore(tree["collector"])
+
+    def close(self) -> None:
+        """Give back the environments."""
+        self.collector.close()
+
+
+def _listed(tree: object) -> object:
+    if isinstance(tree, Mapping):
+        return {key: _listed(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_listed(value) for value in tree]
+    return tree

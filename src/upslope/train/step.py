@@ -1,0 +1,216 @@
+"""From a trajectory to moved parameters: the passes over one batch. Knows no algorithm by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upslope.algorithms.protocol import Algorithm, Now, Passes, State
+from upslope.train.optimizer import FlatOptimizer
+from upslope.trajectory import Batch, Policy, Signal, Trajectory, map_observation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learned:
+    """What an update leaves behind: the algorithm's carried numbers, and means over its optimiser steps."""
+
+    state: State
+    metrics: dict[str, float]
+
+
+def learn(
+    policy: Policy,
+    algorithm: Algorithm,
+    optimizer: FlatOptimizer,
+    trajectory: Trajectory,
+    *,
+    now: Now,
+    learning_rate: float,
+    generator: np.random.Generator,
+) -> Learned:
+    """Update the policy from one trajectory.
+
+    Args:
+        policy: evaluated, and moved through the optimiser that holds its parameters.
+        algorithm: whose formulas and passes are followed.
+        optimizer: takes the steps.
+        trajectory: with the reward the algorithm should see (scaled, if the policy scales rewards).
+        now: progress of the run and the algorithm's carried numbers.
+        learning_rate: for every step of this update.
+        generator: shuffles the steps of each pass.
+
+    Returns:
+        The carried numbers after the update and its metrics.
+    """
+    passes = algorithm.passes
+    value, signal = _signal(policy, algorithm, trajectory)
+    batch = _batch(policy, passes, trajectory, value, signal)
+    totals = _Totals()
+    for epoch in range(passes.epochs):
+        if epoch and passes.recompute_advantage:
+            value, signal = _signal(policy, algorithm, trajectory)
+            batch = replace(batch, **_flat_signal(passes, trajectory, signal))
+        going = True
+        for minibatch in _minibatches(batch, passes, generator):
+            going = _step(policy, algorithm, optimizer, minibatch, now, learning_rate, totals)
+            if not going:
+                break
+        if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
+            break
+    metrics = totals.means()
+    if value is not None and signal.value_target is not None:
+        metrics["explained_variance"] = explained_variance(value[trajectory.mask], signal.value_target[trajectory.mask])
+    return Learned(state=algorithm.adapt(now.state, metrics), metrics=metrics)
+
+
+def explained_variance(value: Tensor, target: Tensor) -> float:
+    """1 - Var[target - V] / Var[target]: 1 is a perfect critic, 0 one no better than a constant.
+
+    NaN where the target does not vary, since the question has no answer then.
+    """
+    variance = float(target.var(unbiased=False))
+    if variance == 0.0:
+        return float("nan")
+    return 1.0 - float((target - value).var(unbiased=False)) / variance
+
+
+def _signal(policy: Policy, algorithm: Algorithm, trajectory: Trajectory) -> tuple[Tensor | None, Signal]:
+    with torch.no_grad():
+        value = next_value = None
+        if algorithm.passes.critic:
+            value, next_value = policy.values(trajectory)
+        return value, algorithm.advantage(trajectory, value, next_value)
+
+
+def _batch(policy: Policy, passes: Passes, trajectory: Trajectory, value: Tensor | None, signal: Signal) -> Batch:
+    """The chosen steps of the trajectory, flattened; whole rows where Psi needs whole episodes."""
+    batch = Batch(
+        observation=trajectory.observation,
+        action=trajectory.action,
+        mask=trajectory.mask,
+        behaviour_log_prob=trajectory.behaviour_log_prob,
+        advantage=signal.advantage,
+        value_target=signal.value_target,
+        behaviour_value=value,
+        behaviour_distribution=None,
+        weight=trajectory.behaviour_log_prob,
+    )
+    if not passes.whole_episodes:
+        steps = trajectory.mask.numel()
+        batch = _map(batch, lambda tensor: tensor.reshape(steps, *tensor.shape[2:]))
+        if not bool(batch.mask.all()):
+            batch = _select(batch, batch.mask.nonzero().squeeze(-1))
+    if passes.behaviour_distribution:
+        with torch.no_grad():
+            batch = replace(batch, behaviour_distribution=policy.evaluate(batch).distribution.detach())
+    return batch
+
+
+def _flat_signal(passes: Passes, trajectory: Trajectory, signal: Signal) -> dict[str, Tensor | None]:
+    if passes.whole_episodes:
+        return {"advantage": signal.advantage, "value_target": signal.value_target}
+    target = signal.value_target
+    return {
+        "advantage": signal.advantage[trajectory.mask],
+        "value_target": None if target is None else target[trajectory.mask],
+    }
+
+
+def _minibatches(batch: Batch, passes: Passes, generator: np.random.Generator) -> Iterator[Batch]:
+    """Shuffle once per pass, then cut into parts whose sizes differ by one at most."""
+    count = batch.mask.shape[0]
+    if passes.minibatches == 1 and passes.epochs == 1:
+        yield batch
+        return
+    if count < passes.minibatches:
+        raise ValueError(
+            f"{count} steps cannot be cut into {passes.minibatches} minibatches: collect more steps per update, or "
+            "lower algorithm.minibatches"
+        )
+    shuffled = _select(batch, torch.from_numpy(generator.permutation(count)))
+    for part in range(passes.minibatches):
+        yield _part(shuffled, part, passes.minibatches)
+
+
+def _part(batch: Batch, part: int, parts: int) -> Batch:
+    count = batch.mask.shape[0]
+    return _select(batch, slice(count * part // parts, count * (part + 1) // parts))
+
+
+def _select(batch: Batch, index: Tensor | slice) -> Batch:
+    distribution = batch.behaviour_distribution
+    chosen = _map(batch, lambda tensor: tensor[index])
+    return chosen if distribution is None else replace(chosen, behaviour_distribution=distribution.select(index))
+
+
+def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    return Batch(
+        observation=map_observation(function, batch.observation),
+        action=function(batch.action),
+        mask=function(batch.mask),
+        behaviour_log_prob=function(batch.behaviour_log_prob),
+        advantage=function(batch.advantage),
+        value_target=None if batch.value_target is None else function(batch.value_target),
+        behaviour_value=None if batch.behaviour_value is None else function(batch.behaviour_value),
+        behaviour_distribution=batch.behaviour_distribution,
+        weight=function(batch.weight),
+    )
+
+
+def _step(
+    policy: Policy,
+    algorithm: Algorithm,
+    optimizer: FlatOptimizer,
+    minibatch: Batch,
+    now: Now,
+    learning_rate: float,
+    totals: _Totals,
+) -> bool:
+    """One optimiser step; False if the KL stop rule forbids it."""
+    passes = algorithm.passes
+    minibatch = algorithm.prepare(minibatch)
+    optimizer.zero_gradient()
+    parts = optimizer.config.micro_batches
+    metrics: list[dict[str, Tensor]] = []
+    for part in range(parts):
+        piece = minibatch if parts == 1 else _part(minibatch, part, parts)
+        loss = algorithm.loss(piece, policy.evaluate(piece), now)
+        metrics.append(dict(loss.metrics))
+        loss.value.backward()
+    merged = metrics[0] if parts == 1 else {name: sum(m[name] for m in metrics) for name in metrics[0]}
+    totals.add(merged)
+    if passes.kl_stop == "before_step" and passes.target_kl is not None and totals.kl_beyond(1.5 * passes.target_kl):
+        return False
+    totals.add_norm(optimizer.step(learning_rate))
+    return True
+
+
+class _Totals:
+    """Metrics of the optimiser steps of one update, turned into numbers once at the end."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, Tensor]] = []
+        self._norms: list[float] = []
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self._steps.append(metrics)
+
+    def add_norm(self, norm: float) -> None:
+        self._norms.append(norm)
+
+    def kl_beyond(self, target: float | None) -> bool:
+        return target is not None and float(self._steps[-1]["kl"]) > target
+
+    def means(self) -> dict[str, float]:
+        names = list(self._steps[0])
+        table = torch.stack([torch.stack([step[name] for name in names]) for step in self._steps])
+        metrics = dict(zip(names, table.mean(0).tolist(), strict=True))
+        if "kl_exact" in names:
+            metrics["kl_exact_last"] = float(table[-1, names.index("kl_exact")])
+        metrics["gradient_norm"] = sum(self._norms) / len(self._norms) if self._norms else 0.0
+        metrics["optimizer_steps"] = float(len(self._norms))
+        return metrics
