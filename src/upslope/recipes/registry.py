@@ -1,0 +1,77 @@
+"""Recipes by name, and recipes from a user's file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from upslope.recipes import control, presets
+from upslope.train import Run
+
+RECIPES: dict[str, Callable[[], Run]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        control.cartpole_ppo,
+        control.cartpole_a2c,
+        control.cartpole_actor_critic,
+        control.cartpole_baseline,
+        control.cartpole_reinforce,
+        control.acrobot_ppo,
+        control.mountaincar_continuous_ppo,
+        control.pendulum_ppo,
+        control.lunarlander_ppo,
+        control.bipedalwalker_ppo,
+        control.hopper_ppo,
+        control.halfcheetah_ppo,
+        control.walker2d_ppo,
+        control.breakout_ppo,
+        presets.ppo_cleanrl,
+        presets.ppo_sb3,
+        presets.ppo_paper,
+    )
+}
+"""Every built-in recipe."""
+
+
+def load_recipe(name: str) -> Run:
+    """A recipe by its name, or from a file: `path/to/my_recipe.py:function`.
+
+    Args:
+        name: a key of `RECIPES`, or a Python file and the name of a function in it that takes nothing and returns a
+            `Run`. The file is the user's own code and is run.
+
+    Raises:
+        ValueError: if there is no such recipe, or what it returns is no `Run`.
+    """
+    if ":" in name:
+        return _from_file(name)
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`upslope recipes` lists them."
+        raise ValueError(
+            f"there is no recipe called {name!r}; {hint} A recipe of your own is given as path/to/file.py:function"
+        )
+    return RECIPES[name]()
+
+
+def _from_file(name: str) -> Run:
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"there is no file {file!r}; a recipe of your own is given as path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(f"upslope_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file!r} is no Python file; a recipe of your own is given as path/to/file.py:function")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    recipe = getattr(module, function, None)
+    if not callable(recipe):
+        raise ValueError(f"{file!r} has no function {function!r}")
+    run = recipe()
+    if not isinstance(run, Run):
+        raise ValueError(f"{name!r} returned a {type(run).__name__}; a recipe returns an upslope.Run")
+    return run
