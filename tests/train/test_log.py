@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from upslope.train.log import MetricsLog, WandbSettings, read_metrics
+from upslope.train.log import MetricsLog, read_metrics
 
 
 def test_one_strict_json_object_per_line(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_wandb_asked_for_and_missing_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"upslope\[wandb\]"):
-        MetricsLog(tmp_path / "metrics.jsonl", wandb=WandbSettings(project="p", name="n", config={}))
+        MetricsLog(tmp_path / "metrics.jsonl", wandb="project")
     assert not list(tmp_path.iterdir())
 
 
@@ -139,6 +139,7 @@ class PretendWandb:
 
     def init(self, *, project: str, name: str, config: dict, dir: str, id: str, resume: str) -> SimpleNamespace:
         self.identities.append(id)
+        self.told = (project, name, config)
         return SimpleNamespace(log=self.log, finish=self.finish)
 
     def log(self, record: dict[str, float], *, step: int) -> None:
@@ -162,9 +163,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> PretendWandb:
 def test_a_failing_view_is_dropped_with_one_warning(
     tmp_path: Path, pretend: PretendWandb, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = WandbSettings(project="p", name="n", config={"seed": 1})
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, wandb=settings) as log:
+    with MetricsLog(path, wandb="project") as log:
         for step in range(5):
             log.write({"kind": "train", "kl": step}, step=step)
         assert log.dropped == ["Weights & Biases"]
@@ -175,12 +175,13 @@ def test_a_failing_view_is_dropped_with_one_warning(
 
 
 def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path: Path, pretend: PretendWandb) -> None:
-    settings = WandbSettings(project="p", name="n", config={})
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, wandb=settings) as log:
+    (tmp_path / "config.json").write_text('{"run": {"seed": 1}}')
+    with MetricsLog(path, wandb="project") as log:
         log.write({"kind": "train"}, step=1)
         cursor = log.cursor()
-    MetricsLog(path, wandb=settings, resume_at=cursor).close()
+    MetricsLog(path, wandb="project", resume_at=cursor).close()
     first, second = pretend.identities
     assert first == second
+    assert pretend.told == ("project", tmp_path.name, {"run": {"seed": 1}})
     assert pretend.finished == 2

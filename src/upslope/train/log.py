@@ -16,7 +16,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
@@ -27,18 +26,6 @@ Record: TypeAlias = Mapping[str, Value]
 _logger = logging.getLogger(__name__)
 _INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FROM_TEXT = {text: value for value, text in _INFINITE.items()}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WandbSettings:
-    """What Weights & Biases is told about a run."""
-
-    project: str
-    """The W&B project."""
-    name: str
-    """How the run is called there."""
-    config: Mapping[str, Any]
-    """The resolved configuration."""
 
 
 class View(Protocol):
@@ -60,7 +47,8 @@ class MetricsLog:
         path: the file; its directory exists.
         tensorboard: directory for TensorBoard events, or None. Without the package a message says how to get it and
             the run goes on.
-        wandb: settings of the W&B mirror, or None. It was asked for, so without the package the run is refused.
+        wandb: the W&B project to mirror to, or None. It was asked for, so without the package the run is refused. The
+            run has the name of its directory there, and the configuration of the `config.json` beside the metrics.
         resume_at: what `cursor` said when the checkpoint was taken; None for a new run.
 
     Raises:
@@ -73,7 +61,7 @@ class MetricsLog:
         path: Path,
         *,
         tensorboard: Path | None = None,
-        wandb: WandbSettings | None = None,
+        wandb: str | None = None,
         resume_at: int | None = None,
     ) -> None:
         if wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -238,16 +226,18 @@ class _TensorBoard:
 class _Wandb:
     """The same names as in TensorBoard; the run's identifier is kept beside the metrics so that resuming continues."""
 
-    def __init__(self, settings: WandbSettings, directory: Path) -> None:
+    def __init__(self, project: str, directory: Path) -> None:
         import wandb
+
+        config = directory / "config.json"
 
         identity = directory / "wandb_id.txt"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:16])
         self._run = wandb.init(
-            project=settings.project,
-            name=settings.name,
-            config=dict(settings.config),
+            project=project,
+            name=directory.resolve().name,
+            config=json.loads(config.read_text("utf-8")) if config.exists() else {},
             dir=str(directory),
             id=identity.read_text().strip(),
             resume="allow",
