@@ -1,0 +1,232 @@
+"""Environments -> trajectories: the rollout loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from upslope.collect.evaluation import environment_seeds, episode_quota, refuse_endless
+from upslope.collect.rollout import Rollout, Truncation, concatenate, seal_episodes, seal_fragments
+from upslope.collect.vector import VectorEnvironment
+from upslope.spaces import Leaf, Space
+from upslope.streams import Purpose, stream
+from upslope.trajectory import ObservationArrays, Policy, Sampler, Trajectory, Tree
+
+_CHUNK = 128
+
+
+class EnvironmentCollector:
+    """Acts in environments and seals what happened; a `upslope.trajectory.Collector`.
+
+    With `steps`, every update brings `steps` steps of each environment, one row per environment, and episodes go on
+    from one update into the next. With `episodes`, every update brings that many whole episodes, one row each; every
+    environment brings a number fixed beforehand, so that short episodes are not preferred.
+
+    Args:
+        environments: to act in.
+        steps: T, or None.
+        episodes: per update over all environments, or None.
+        seed: of the run.
+        rank: of this process, if there are several.
+        truncation: what a time limit means.
+
+    Raises:
+        ValueError: unless exactly one of `steps` and `episodes` is given and positive.
+    """
+
+    def __init__(
+        self,
+        environments: VectorEnvironment,
+        *,
+        steps: int | None = None,
+        episodes: int | None = None,
+        seed: int,
+        rank: int = 0,
+        truncation: Truncation = "bootstrap",
+    ) -> None:
+        if (steps is None) == (episodes is None):
+            raise ValueError(f"give either steps or episodes per update, got steps={steps} and episodes={episodes}")
+        if (steps or episodes or 0) < 1:
+            raise ValueError(f"an update needs at least one step or episode, got steps={steps}, episodes={episodes}")
+        self.environments = environments
+        self._length = steps
+        self._quota = episode_quota(episodes, environments.num_envs) if episodes is not None else None
+        self._seed = seed
+        self._rank = rank
+        self._truncation: Truncation = truncation
+        self._observation: ObservationArrays | None = None
+        self._time = np.zeros(environments.num_envs, dtype=np.int64)
+        self._returns = np.zeros(environments.num_envs)
+        self._finished: list[tuple[float, int]] = []
+        self._next_update = 0
+
+    @property
+    def observation_space(self) -> Space:
+        """What the policy will see."""
+        return self.environments.observation_space
+
+    @property
+    def action_space(self) -> Leaf:
+        """What the policy may do."""
+        return self.environments.action_space
+
+    def collect(self, policy: Policy, update: int) -> Trajectory:
+        """Act with the policy and seal what happened.
+
+        Raises:
+            NonFiniteError: if an observation, action or reward is NaN or infinite.
+            EnvironmentFailureError: if an environment raises, crashes or hangs.
+        """
+        generator = stream(self._seed, Purpose.ACTION, self._rank, update)
+        if self._length is None:
+            trajectory = self._collect_episodes(policy, update, generator)
+        else:
+            trajectory = self._collect_steps(policy, update, generator, self._length)
+        self._next_update = update + 1
+        return trajectory
+
+    def _collect_steps(self, policy: Policy, update: int, generator: np.random.Generator, steps: int) -> Trajectory:
+        if self._observation is None:
+            self._observation = self.environments.reset(self._seeds(update))
+        rollout = self._run(policy.sampler(), generator, self._observation, steps, update)
+        self._observation = rollout.last
+        time = rollout.decision_times(self._time)
+        episodes, self._returns = rollout.episode_returns(self._returns)
+        self._finished += [(total, int(time[row, position]) + 1) for position, row, total in episodes]
+        self._time = time[:, -1].copy()
+        return seal_fragments(rollout, time[:, :-1], policy, update, self._truncation)
+
+    def _collect_episodes(self, policy: Policy, update: int, generator: np.random.Generator) -> Trajectory:
+        quota = self._quota
+        assert quota is not None
+        observation = self.environments.reset(self._seeds(update))
+        sampler, chunks, counted = policy.sampler(), list[Rollout](), np.zeros_like(quota)
+        while (counted < quota).any():
+            chunks.append(self._run(sampler, generator, observation, _CHUNK, update))
+            assert chunks[-1].last is not None
+            observation = chunks[-1].last
+            counted += (chunks[-1].terminated | chunks[-1].truncated).sum(axis=1)
+            refuse_endless(len(chunks) * _CHUNK, counted, quota)
+        rollout = concatenate(chunks)
+        time = rollout.decision_times(np.zeros_like(self._time))
+        episodes, _ = rollout.episode_returns(np.zeros_like(self._returns))
+        taken = np.zeros_like(quota)
+        for position, row, total in episodes:
+            if taken[row] < quota[row]:
+                taken[row] += 1
+                self._finished.append((total, int(time[row, position]) + 1))
+        return seal_episodes(rollout, quota, policy, update, self._truncation)
+
+    def _run(
+        self, sampler: Sampler, generator: np.random.Generator, first: ObservationArrays, steps: int, update: int
+    ) -> Rollout:
+        environments = self.environments
+        noise = sampler.noise(generator, steps, environments.num_envs)
+        rollout = Rollout.allocate(first, sampler.sample(first, noise[0]), steps)
+        try:
+            _loop(environments, sampler, noise, rollout, first)
+        finally:
+            rollout.check_finite(update)
+        return rollout
+
+    def _seeds(self, update: int) -> list[int]:
+        return environment_seeds(self._seed, Purpose.ENVIRONMENT, self._rank, update, self.environments.num_envs)
+
+    def finished(self) -> list[tuple[float, int]]:
+        """(raw return, length) of the episodes that ended since this was last asked."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def rebuild(self, update: int) -> None:
+        """Make the environments anew for `update`, from derived seeds; open episodes end here.
+
+        They end as truncated ones: the rows already sealed bootstrap from the last observation seen.
+        """
+        self._observation = self.environments.rebuild(self._seeds(update))
+        self._time[:] = 0
+        self._returns[:] = 0.0
+
+    def snapshot(self) -> Tree:
+        """Everything needed to go on exactly here.
+
+        Where the environments' state cannot be taken (`environments.resume == "rebuild"`) this run, too, gets new
+        environments now, so that a resumed run and one that went on do the same.
+        """
+        common: dict[str, Tree] = {"update": self._next_update, "finished": [list(entry) for entry in self._finished]}
+        if self.environments.resume == "rebuild":
+            self.rebuild(self._next_update)
+            return {"mode": "rebuild", **common}
+        if self._length is None or self._observation is None:
+            return {"mode": "fresh", **common}
+        return {
+            "mode": "snapshot",
+            "time": self._time.copy(),
+            "returns": self._returns.copy(),
+            "environments": self.environments.snapshot(),
+            **common,
+        }
+
+    def restore(self, tree: Tree) -> None:
+        """Go on exactly there.
+
+        Raises:
+            ValueError: if the snapshot is of other environments.
+        """
+        self._next_update = int(tree["update"])
+        self._finished = [(float(total), int(length)) for total, length in tree["finished"]]
+        if tree["mode"] == "rebuild":
+            self.rebuild(self._next_update)
+        elif tree["mode"] == "snapshot":
+            self._observation = self.environments.restore(tree["environments"])
+            self._time = np.array(tree["time"], dtype=np.int64)
+            self._returns = np.array(tree["returns"], dtype=np.float64)
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.environments.close()
+
+
+def _loop(
+    environments: VectorEnvironment,
+    sampler: Sampler,
+    noise: np.ndarray,
+    rollout: Rollout,
+    observation: ObservationArrays,
+) -> None:
+    """Everything that cannot wait until the rollout is over, and nothing else."""
+    record = _recorder(rollout.observation)
+    sample, to_environment, advance = sampler.sample, sampler.to_environment, environments.step
+    actions, rewards = rollout.action, rollout.reward
+    for position, chance in enumerate(noise):
+        record(position, observation)
+        rollout.filled = position + 1
+        action = sample(observation, chance)
+        actions[:, position] = action
+        step = advance(to_environment(action))
+        observation = step.observation
+        rewards[:, position] = step.reward
+        if step.finished is not None:
+            assert step.final is not None
+            rollout.terminated[:, position] = step.terminated
+            rollout.truncated[:, position] = step.truncated
+            rollout.ends.append((position, step.finished, step.final))
+        if step.live is not None:
+            rollout.live[:, position] = step.live
+    rollout.last = observation
+
+
+def _recorder(target: ObservationArrays) -> Callable[[int, ObservationArrays], None]:
+    if isinstance(target, dict):
+
+        def record_entries(position: int, observation: ObservationArrays) -> None:
+            assert isinstance(observation, dict)
+            for name, rows in target.items():
+                rows[:, position] = observation[name]
+
+        return record_entries
+
+    def record(position: int, observation: ObservationArrays) -> None:
+        target[:, position] = observation
+
+    return record

@@ -1,0 +1,27 @@
+"""What can go wrong at the door, each with its remedy in the text."""
+
+from __future__ import annotations
+
+
+class EnvironmentFailureError(RuntimeError):
+    """An environment raised, crashed or hung.
+
+    Attributes:
+        index: which environment (the first of the worker's where the worker died).
+    """
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class NonFiniteError(ValueError):
+    """An observation, action or reward is NaN or infinite."""
+
+
+class UnsupportedSpaceError(ValueError):
+    """A space that no policy of ours can read or act in."""
+
+
+class UnknownEnvironmentError(ValueError):
+    """No such environment, or one whose package is not installed."""

@@ -1,0 +1,117 @@
+"""How good a policy is: whole episodes, a number fixed beforehand in each environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from upslope.collect.errors import NonFiniteError
+from upslope.collect.vector import VectorEnvironment
+from upslope.streams import Purpose, derived_seed, stream
+from upslope.trajectory import Policy
+
+_CHUNK = 128
+_STEP_LIMIT = 200_000
+
+
+def environment_seeds(seed: int, purpose: Purpose, rank: int, update: int, count: int) -> list[int]:
+    """One seed per environment, of 31 bits since some environments take no more."""
+    return [derived_seed(seed, purpose, rank, update, index) >> 32 for index in range(count)]
+
+
+def episode_quota(episodes: int, count: int) -> np.ndarray:
+    """How many episodes each of `count` environments brings, [N]: fixed beforehand, as even as can be.
+
+    Taking the first `episodes` that end would prefer short ones.
+
+    Raises:
+        ValueError: if there are fewer episodes than environments.
+    """
+    if episodes < count:
+        raise ValueError(
+            f"{episodes} episodes cannot be shared among {count} environments; ask for at least {count} episodes or "
+            f"make at most {episodes} environments"
+        )
+    return np.full(count, episodes // count) + (np.arange(count) < episodes % count)
+
+
+def refuse_endless(steps: int, counted: np.ndarray, quota: np.ndarray) -> None:
+    """Give up on environments whose episodes do not end.
+
+    Raises:
+        ValueError: naming the environment.
+    """
+    behind = int(np.argmin(counted >= quota))
+    if steps > _STEP_LIMIT * int(quota[behind]):
+        raise ValueError(
+            f"environment {behind} has finished {counted[behind]} of {quota[behind]} episodes after {steps} steps: its "
+            "episodes do not end. Give it a time limit (EnvironmentConfig.time_limit)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationResult:
+    """Raw, undiscounted returns and lengths of whole episodes, [episodes], ordered by environment, then by time."""
+
+    returns: np.ndarray
+    lengths: np.ndarray
+
+
+def evaluate_policy(
+    policy: Policy,
+    environments: VectorEnvironment,
+    *,
+    episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    update: int = 0,
+) -> EvaluationResult:
+    """Whole episodes of a policy.
+
+    Args:
+        policy: to be judged; its normalisers are used as they are and not updated.
+        environments: to judge it in, not those it trains in.
+        episodes: how many, over all environments.
+        seed: of the run; environments and actions get streams of their own.
+        deterministic: the most likely action instead of a sampled one.
+        update: which of the run's evaluations this is: each has its own random numbers.
+
+    Raises:
+        ValueError: if there are fewer episodes than environments, or episodes do not end.
+        NonFiniteError: if a reward is NaN or infinite.
+    """
+    count = environments.num_envs
+    quota = episode_quota(episodes, count)
+    observation = environments.reset(environment_seeds(seed, Purpose.EVALUATION_ENVIRONMENT, 0, update, count))
+    sampler = policy.sampler()
+    generator = stream(seed, Purpose.EVALUATION_ACTION, 0, update)
+    results: list[list[tuple[float, int]]] = [[] for _ in range(count)]
+    counted = np.zeros_like(quota)
+    returns, lengths, steps = np.zeros(count), np.zeros(count, dtype=np.int64), 0
+    noise = np.zeros(0)
+    while (counted < quota).any():
+        if deterministic:
+            action = sampler.mode(observation)
+        else:
+            if steps % _CHUNK == 0:
+                noise = sampler.noise(generator, _CHUNK, count)
+            action = sampler.sample(observation, noise[steps % _CHUNK])
+        step = environments.step(sampler.to_environment(action))
+        observation, steps = step.observation, steps + 1
+        returns += step.reward if step.live is None else np.where(step.live, step.reward, 0.0)
+        lengths += 1 if step.live is None else step.live
+        if step.finished is not None:
+            for index in step.finished:
+                results[index].append((float(returns[index]), int(lengths[index])))
+            counted[step.finished] += 1
+            returns[step.finished], lengths[step.finished] = 0.0, 0
+        refuse_endless(steps, counted, quota)
+    kept = [entry for each, wanted in zip(results, quota, strict=True) for entry in each[:wanted]]
+    totals = np.array([total for total, _ in kept])
+    if not np.isfinite(totals).all():
+        raise NonFiniteError(
+            f"the return of evaluation episode {int(np.argmin(np.isfinite(totals)))} is not finite: the environment "
+            "gave a reward that is NaN or infinite; `upslope check-env` tries the environment on its own"
+        )
+    return EvaluationResult(returns=totals, lengths=np.array([length for _, length in kept]))

@@ -1,0 +1,302 @@
+"""What the rollout loop writes down, and all that is worked out from it once the loop is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from upslope.collect.errors import NonFiniteError
+from upslope.trajectory import Observation, ObservationArrays, Policy, Trajectory, map_observation
+
+Truncation = Literal["bootstrap", "as_termination"]
+"""What a time limit means: the episode would go on (right), or death (wrong, and there to show that it is)."""
+
+_LONG_AGO = np.iinfo(np.int64).min
+
+
+@dataclass(slots=True)
+class Rollout:
+    """Raw experience, [N, T, ...] with time second.
+
+    Attributes:
+        observation, action, reward, terminated, truncated: one entry per step.
+        live: False where the environment only reset and ignored the action.
+        filled: how many positions are written.
+        ends: (position, environments, final observations) wherever episodes ended.
+        last: [N, ...] the observation after the last step.
+    """
+
+    observation: ObservationArrays
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    live: np.ndarray
+    filled: int = 0
+    ends: list[tuple[int, np.ndarray, ObservationArrays]] = field(default_factory=list)
+    last: ObservationArrays | None = None
+
+    @classmethod
+    def allocate(cls, observation: ObservationArrays, action: np.ndarray, steps: int) -> Rollout:
+        """Fresh memory for `steps` steps; the arguments, [N, ...], show shapes and types."""
+        count = len(action)
+        return cls(
+            observation=map_observation(lambda a: np.zeros((count, steps, *a.shape[1:]), a.dtype), observation),
+            action=np.zeros((count, steps, *action.shape[1:]), action.dtype),
+            reward=np.zeros((count, steps)),
+            terminated=np.zeros((count, steps), dtype=bool),
+            truncated=np.zeros((count, steps), dtype=bool),
+            live=np.ones((count, steps), dtype=bool),
+        )
+
+    def decision_times(self, start: np.ndarray) -> np.ndarray:
+        """Decisions since the episode's start, [N, T + 1]; the last column is that of the next step.
+
+        Args:
+            start: [N] the time of the first position.
+        """
+        before = np.zeros((len(start), self.live.shape[1] + 1), dtype=np.int64)
+        np.cumsum(self.live, axis=1, out=before[:, 1:])
+        origin = np.full_like(before, _LONG_AGO)
+        origin[:, 0] = -start
+        done = self.terminated | self.truncated
+        origin[:, 1:][done] = before[:, 1:][done]
+        return before - np.maximum.accumulate(origin, axis=1)
+
+    def episode_returns(self, running: np.ndarray) -> tuple[list[tuple[int, int, float]], np.ndarray]:
+        """Returns of the episodes that ended, and what the open ones have gathered.
+
+        Args:
+            running: [N] gathered before the first position.
+
+        Returns:
+            (position, environment, return) in order of time, and the new [N] running sums.
+        """
+        count, steps = self.reward.shape
+        done = self.terminated | self.truncated
+        starts = np.zeros((count, steps + 1), dtype=bool)
+        starts[:, 0] = True
+        starts[:, 1:] = done
+        padded = np.zeros((count, steps + 1))
+        padded[:, :-1] = np.where(self.live, self.reward, 0.0)
+        sums = np.add.reduceat(padded.reshape(-1), np.flatnonzero(starts))
+        row, position = np.nonzero(starts)
+        first = position == 0
+        sums[first] += running
+        ends_here = ~np.append(first[1:], True)
+        episodes = [(int(position[k + 1]) - 1, int(row[k]), float(sums[k])) for k in np.flatnonzero(ends_here)]
+        return sorted(episodes), sums[~ends_here]
+
+    def check_finite(self, update: int) -> None:
+        """Refuse NaN and infinity, naming the first of them.
+
+        Raises:
+            NonFiniteError: with environment, step, what and value.
+        """
+        filled = self.filled
+        faults: list[tuple[int, int, int, str]] = []
+        _find(faults, 0, "observation", map_observation(lambda a: a[:, :filled], self.observation))
+        _find(faults, 1, "action", self.action[:, :filled])
+        _find(faults, 2, "reward", self.reward[:, :filled])
+        for position, environments, final in self.ends:
+            found: list[tuple[int, int, int, str]] = []
+            _find(found, 3, "final observation", map_observation(lambda a: a[:, None], final))
+            faults += [(position, 3, int(environments[row]), text) for _, _, row, text in found]
+        if self.last is not None:
+            found = []
+            _find(found, 3, "observation", map_observation(lambda a: a[:, None], self.last))
+            faults += [(filled, 3, row, text) for _, _, row, text in found]
+        if not faults:
+            return
+        position, kind, environment, text = min(faults)
+        remedy = (
+            "The policy has diverged: lower the learning rate, clip gradients, or normalise observations and rewards"
+            if kind == 1
+            else "The environment gave it: `upslope check-env` tries the environment on its own"
+        )
+        raise NonFiniteError(f"environment {environment}, step {position} of update {update}: {text}. {remedy}")
+
+
+def _find(faults: list[tuple[int, int, int, str]], kind: int, what: str, arrays: ObservationArrays) -> None:
+    """Append (position, kind, environment, text) of the first value that is not finite as float32."""
+    for name, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
+        if array.dtype.kind != "f":
+            continue
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32, copy=False))
+        if finite.all():
+            continue
+        flat = finite.reshape(*array.shape[:2], -1)
+        position = int(np.argmin(flat.all(axis=(0, 2))))
+        environment = int(np.argmin(flat[:, position].all(axis=1)))
+        element = int(np.argmin(flat[environment, position]))
+        value = array.reshape(*array.shape[:2], -1)[environment, position, element]
+        label = f"{what} {name!r}" if name else what
+        where = f" (element {element})" if flat.shape[2] > 1 else ""
+        faults.append((position, kind, environment, f"the {label} is {value}{where}"))
+
+
+def concatenate(rollouts: list[Rollout]) -> Rollout:
+    """Rollouts that follow one another as one."""
+    first, offset, ends = rollouts[0], 0, []
+    for rollout in rollouts:
+        ends += [(offset + position, environments, final) for position, environments, final in rollout.ends]
+        offset += rollout.filled
+    names = ("action", "reward", "terminated", "truncated", "live")
+    joined = {name: np.concatenate([getattr(rollout, name) for rollout in rollouts], axis=1) for name in names}
+    observations = [rollout.observation for rollout in rollouts]
+    observation: ObservationArrays
+    if isinstance(first.observation, dict):
+        observation = {
+            name: np.concatenate([entry[name] for entry in observations if isinstance(entry, dict)], axis=1)
+            for name in first.observation
+        }
+    else:
+        observation = np.concatenate([entry for entry in observations if isinstance(entry, np.ndarray)], axis=1)
+    return Rollout(observation=observation, filled=offset, ends=ends, last=rollouts[-1].last, **joined)
+
+
+def seal_fragments(
+    rollout: Rollout, time: np.ndarray, policy: Policy, update: int, truncation: Truncation
+) -> Trajectory:
+    """One row per environment, cut where the rollout ends.
+
+    Args:
+        rollout: [N, T].
+        time: [N, T] decisions since each episode's start.
+        policy: who acted.
+        update: its version.
+        truncation: what a time limit means.
+    """
+    steps = rollout.reward.shape[1]
+    terminated, truncated = _facts(rollout, truncation)
+    index, final = _open_ends(rollout, terminated, steps)
+    assert rollout.last is not None
+    open_rows = np.flatnonzero(rollout.live[:, -1] & ~(terminated[:, -1] | truncated[:, -1]))
+    index.append(open_rows * steps + steps - 1)
+    final.append(map_observation(lambda a: a[open_rows], rollout.last))
+    return _seal(rollout, terminated, truncated, rollout.live, time, (index, final), policy, update)
+
+
+def seal_episodes(
+    rollout: Rollout, quota: np.ndarray, policy: Policy, update: int, truncation: Truncation
+) -> Trajectory:
+    """One row per episode, the first `quota[n]` of each environment, padded to the longest.
+
+    Args:
+        rollout: [N, T], long enough.
+        quota: [N] episodes wanted of each environment.
+        policy: who acted.
+        update: its version.
+        truncation: what a time limit means.
+    """
+    steps = rollout.reward.shape[1]
+    terminated, truncated = _facts(rollout, truncation)
+    done = terminated | truncated
+    spans: list[tuple[int, int, int]] = []
+    for environment, wanted in enumerate(quota):
+        begin = 0
+        for end in np.flatnonzero(done[environment])[:wanted]:
+            begin += int(np.argmax(rollout.live[environment, begin:]))
+            spans.append((environment, begin, int(end) + 1))
+            begin = int(end) + 1
+    longest = max(end - begin for _, begin, end in spans)
+    mask = np.zeros((len(spans), longest), dtype=bool)
+    place = np.full((len(rollout.reward), steps), -1, dtype=np.int64)
+    for row, (environment, begin, end) in enumerate(spans):
+        mask[row, : end - begin] = True
+        place[environment, begin:end] = row * longest + np.arange(end - begin)
+    source = np.flatnonzero(place.reshape(-1) >= 0)
+    target = place.reshape(-1)[source]
+
+    def arrange(array: np.ndarray) -> np.ndarray:
+        flat = np.zeros((mask.size, *array.shape[2:]), array.dtype)
+        flat[target] = array.reshape(-1, *array.shape[2:])[source]
+        return flat.reshape(*mask.shape, *array.shape[2:])
+
+    index, final = _open_ends(rollout, terminated, steps)
+    moved = [place.reshape(-1)[positions] for positions in index]
+    kept = [map_observation(lambda a, keep=new >= 0: a[keep], entry) for new, entry in zip(moved, final, strict=True)]
+    rows = Rollout(
+        observation=map_observation(arrange, rollout.observation),
+        action=arrange(rollout.action),
+        reward=arrange(rollout.reward),
+        terminated=arrange(terminated),
+        truncated=arrange(truncated),
+        live=mask,
+    )
+    time = np.where(mask, np.arange(longest), 0)
+    ends = ([new[new >= 0] for new in moved], kept)
+    return _seal(rows, rows.terminated, rows.truncated, mask, time, ends, policy, update)
+
+
+def _facts(rollout: Rollout, truncation: Truncation) -> tuple[np.ndarray, np.ndarray]:
+    if truncation == "bootstrap":
+        return rollout.terminated, rollout.truncated
+    return rollout.terminated | rollout.truncated, np.zeros_like(rollout.truncated)
+
+
+def _open_ends(
+    rollout: Rollout, terminated: np.ndarray, steps: int
+) -> tuple[list[np.ndarray], list[ObservationArrays]]:
+    """Where (n * T + t) episodes ended without termination, and what was seen there."""
+    index: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    final: list[ObservationArrays] = [map_observation(lambda a: a[:0, 0], rollout.observation)]
+    for position, environments, observation in rollout.ends:
+        going_on = ~terminated[environments, position]
+        if going_on.any():
+            index.append(environments[going_on] * steps + position)
+            final.append(map_observation(lambda a, keep=going_on: a[keep], observation))
+    return index, final
+
+
+def _seal(
+    rows: Rollout,
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+    mask: np.ndarray,
+    time: np.ndarray,
+    ends: tuple[list[np.ndarray], list[ObservationArrays]],
+    policy: Policy,
+    update: int,
+) -> Trajectory:
+    index = np.concatenate(ends[0])
+    order = np.argsort(index, kind="stable")
+    observation = _tensors(rows.observation)
+    action, chosen = torch.from_numpy(rows.action), torch.from_numpy(mask)
+    with torch.no_grad():
+        log_prob = policy.log_prob(observation, action).detach().masked_fill(~chosen, 0.0)
+    if not bool(torch.isfinite(log_prob).all()):
+        row, position = (int(k) for k in torch.nonzero(~torch.isfinite(log_prob))[0])
+        raise NonFiniteError(
+            f"the log-probability of the action taken is {float(log_prob[row, position])} in row {row}, step "
+            f"{position} of update {update}: the policy has diverged, or its sampler and its log_prob disagree. Lower "
+            "the learning rate or clip gradients"
+        )
+    return Trajectory(
+        observation=observation,
+        action=action,
+        reward=torch.from_numpy(rows.reward.astype(np.float32)),
+        terminated=torch.from_numpy(terminated),
+        truncated=torch.from_numpy(truncated),
+        mask=chosen,
+        behaviour_log_prob=log_prob,
+        time=torch.from_numpy(np.ascontiguousarray(time)),
+        final_observation=_tensors(_join(ends[1], order)),
+        final_index=torch.from_numpy(index[order]),
+        policy_version=update,
+    )
+
+
+def _join(parts: list[ObservationArrays], order: np.ndarray) -> ObservationArrays:
+    first = parts[0]
+    if isinstance(first, dict):
+        return {name: np.concatenate([p[name] for p in parts if isinstance(p, dict)])[order] for name in first}
+    return np.concatenate([part for part in parts if isinstance(part, np.ndarray)])[order]
+
+
+def _tensors(arrays: ObservationArrays) -> Observation:
+    return map_observation(torch.from_numpy, arrays)
