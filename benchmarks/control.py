@@ -1,0 +1,67 @@
+"""upslope and Stable-Baselines3 on the same work, alternately: steps per CPU second with learning, and the ratio."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def measure(command: list[str], core: int) -> dict:
+    """Run one side pinned to one core with one thread; its RESULT line."""
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    done = subprocess.run(
+        command,
+        cwd=HERE,
+        env={**os.environ, **single},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    raise SystemExit(f"{' '.join(command)} printed no result:\n{done.stdout}\n{done.stderr}")
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer-python", required=True, help="an interpreter that has stable-baselines3")
+    parser.add_argument("--cases", default="abc", help="letters of the cases to run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each side per case")
+    parser.add_argument("--core", type=int, default=0, help="which core to pin every run to")
+    parser.add_argument("--vectorization", default="auto", choices=["auto", "sync", "native"])
+    parser.add_argument("--out", type=Path, help="write every run as JSON lines")
+    options = parser.parse_args()
+    records = []
+    print("| case | upslope, steps per CPU second | SB3 | ratio of medians |\n|---|---|---|---|")
+    for case in options.cases:
+        rates: dict[str, list[float]] = {"upslope": [], "sb3": []}
+        for seed in range(1, options.seeds + 1):
+            commands = {
+                "upslope": [sys.executable, "upslope_side.py", case, str(seed), options.vectorization],
+                "sb3": [str(Path(options.peer_python).absolute()), "sb3_side.py", case, str(seed)],
+            }
+            for side, command in commands.items():
+                record = measure(command, options.core)
+                records.append(record)
+                rates[side].append(record["steps_per_cpu_second"])
+        ratio = statistics.median(rates["upslope"]) / statistics.median(rates["sb3"])
+        print(f"| {case} | {spread(rates['upslope'])} | {spread(rates['sb3'])} | {ratio:.2f} |", flush=True)
+    if options.out:
+        options.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+if __name__ == "__main__":
+    main()
