@@ -42,7 +42,7 @@ class Trajectory:
     | a_t | `action` | [B, T] or [B, T, A] | what it chose, before clipping, squashing or offsets at the door |
     | r_t | `reward` | [B, T] | reward received because of a_t, as the environment gave it |
     | | `terminated` | [B, T] bool | the step ended in a terminal state: nothing follows |
-    | | `truncated` | [B, T] bool | the step was the last one recorded of something that would go on |
+    | | `truncated` | [B, T] bool | the environment stopped here though the state was not terminal (a time limit) |
     | m_t | `mask` | [B, T] bool | the policy chose this action and it counts |
     | b_t | `behaviour_log_prob` | [B, T] | log-prob under the distribution that sampled a_t |
     | t | `time` | [B, T] int64 | decisions since the trajectory's start |

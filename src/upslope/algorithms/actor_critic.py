@@ -56,7 +56,7 @@ class OneStepActorCritic:
         assert value is not None
         assert next_value is not None
         delta = td_residual(trajectory.reward, trajectory.discount(self.gamma), value, next_value)
-        weight = discount_weight(trajectory.time, self.gamma).to(delta.dtype) if self.discounted_states else 1.0
+        weight = discount_weight(trajectory.time, self.gamma, dtype=delta.dtype) if self.discounted_states else 1.0
         return Signal(advantage=delta * weight, value_target=delta + value)
 
     def prepare(self, batch: Batch) -> Batch:

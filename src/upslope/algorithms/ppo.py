@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, scheduled
 from upslope.estimators import (
+    adapted_coefficient,
     clipped,
     clipped_value_error,
     gae,
@@ -160,12 +161,8 @@ class PPO:
         """beta doubles when KL > 1.5 target and halves when KL < target / 1.5 (paper, section 4)."""
         if self.kl_target is None:
             return state
-        beta, kl = state["kl_coefficient"], metrics["kl_exact_last"]
-        if kl > 1.5 * self.kl_target:
-            return {"kl_coefficient": beta * 2.0}
-        if kl < self.kl_target / 1.5:
-            return {"kl_coefficient": beta / 2.0}
-        return state
+        beta, kl = state["kl_coefficient"], metrics["kl_after"]
+        return {"kl_coefficient": adapted_coefficient(beta, kl, target=self.kl_target)}
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

@@ -27,7 +27,8 @@ class Passes:
         minibatches: optimiser steps per pass; sizes differ by one step at most.
         critic: whether the algorithm needs a policy with a critic.
         whole_episodes: whether Psi needs trajectories from their start to their end.
-        behaviour_distribution: whether the loss needs the distributions that acted.
+        behaviour_distribution: whether the loss needs the distributions that acted; their KL to the new ones is
+            measured after the update.
         recompute_advantage: compute Psi anew, with the current critic, before each pass after the first.
         target_kl: stop the update when the estimated KL(old || new) passes it; None never stops.
         kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
@@ -90,7 +91,10 @@ class Algorithm(Protocol):
         ...
 
     def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """The carried numbers after an update, from its mean metrics."""
+        """The carried numbers after an update, from its mean metrics.
+
+        With `passes.behaviour_distribution`, `metrics["kl_after"]` is the exact mean KL(old || new) after the update.
+        """
         ...
 
     def describe(self) -> Mapping[str, str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upslope.algorithms.protocol import Loss, Now, Passes, State
 from upslope.estimators import (
+    baselined,
     discount_weight,
     gae,
     lambda_return,
@@ -79,7 +80,7 @@ class Reinforce:
             assert value is not None
             assert next_value is not None
             if self.psi == "baselined":
-                psi = reward_to_go(reward, discount, cut) - value
+                psi = baselined(reward_to_go(reward, discount, cut), value)
             else:
                 returns = lambda_return(reward, discount, next_value, cut, trace_decay=self.gae_lambda)
                 target = returns
@@ -90,7 +91,7 @@ class Reinforce:
                 else:
                     psi = td_residual(reward, discount, value, next_value)
         if self.discounted_states and self.psi != "total_reward":
-            psi = psi * discount_weight(trajectory.time, self.gamma).to(psi.dtype)
+            psi = psi * discount_weight(trajectory.time, self.gamma, dtype=psi.dtype)
         return Signal(advantage=psi, value_target=target)
 
     def prepare(self, batch: Batch) -> Batch:

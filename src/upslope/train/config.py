@@ -144,3 +144,5 @@ class Run:
             )
         if self.algorithm.passes.critic and not self.policy.critic:
             raise ValueError(f"{type(self.algorithm).__name__} needs a critic: set policy.critic to True")
+        if self.policy.normalize_reward and self.rollout.steps is None:
+            raise ValueError("normalize_reward follows each environment step by step: set rollout.steps, not episodes")

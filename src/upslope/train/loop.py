@@ -283,7 +283,7 @@ class _Training:
     def _save(self, *, scheduled: bool) -> None:
         self._log_training()
         if scheduled:
-            self.session.collector.checkpoint_boundary(self.session.update)
+            self.session.checkpoint_boundary()
         try:
             self._write(with_environments=True)
         except CheckpointError as error:

@@ -70,7 +70,9 @@ class Session:
         collected = time.perf_counter()
         seen = trajectory
         if policy.reward_normalizer is not None:
-            seen = replace(trajectory, reward=policy.reward_normalizer.scale(trajectory, self.algorithm.gamma))
+            ended = trajectory.terminated | trajectory.truncated
+            policy.reward_normalizer.update(trajectory.reward, ended, trajectory.mask, gamma=self.algorithm.gamma)
+            seen = replace(trajectory, reward=policy.reward_normalizer(trajectory.reward))
         learning_rate = scheduled(run.optimizer.schedule, run.optimizer.learning_rate, self.progress)
         learned = learn(
             policy,
@@ -138,9 +140,19 @@ class Session:
         self.returns.extend(tree["returns"])
         self.lengths.extend(tree["lengths"])
         if tree["collector"] is None:
-            self.collector.rebuild(self.update)
+            self._rebuild()
         else:
             self.collector.restore(tree["collector"])
+
+    def checkpoint_boundary(self) -> None:
+        """Before a planned checkpoint: environments that cannot be snapshotted are made anew, resumed or not."""
+        if self.collector.resume == "rebuild":
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        self.collector.rebuild(self.update)
+        if self.policy.reward_normalizer is not None:
+            self.policy.reward_normalizer.restart()
 
     def close(self) -> None:
         """Give back the environments."""

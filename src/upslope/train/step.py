@@ -62,6 +62,10 @@ def learn(
         if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
             break
     metrics = totals.means()
+    if batch.behaviour_distribution is not None:
+        with torch.no_grad():
+            kl = batch.behaviour_distribution.kl(policy.evaluate(batch).distribution)
+        metrics["kl_after"] = float(kl[batch.mask].mean())
     if value is not None and signal.value_target is not None:
         metrics["explained_variance"] = explained_variance(value[trajectory.mask], signal.value_target[trajectory.mask])
     return Learned(state=algorithm.adapt(now.state, metrics), metrics=metrics)
@@ -209,8 +213,6 @@ class _Totals:
         names = list(self._steps[0])
         table = torch.stack([torch.stack([step[name] for name in names]) for step in self._steps])
         metrics = dict(zip(names, table.mean(0).tolist(), strict=True))
-        if "kl_exact" in names:
-            metrics["kl_exact_last"] = float(table[-1, names.index("kl_exact")])
         metrics["gradient_norm"] = sum(self._norms) / len(self._norms) if self._norms else 0.0
         metrics["optimizer_steps"] = float(len(self._norms))
         return metrics
