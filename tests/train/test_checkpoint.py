@@ -1,7 +1,7 @@
 import json
 import math
-import os
 import re
+import subprocess
 from collections import OrderedDict
 from enum import IntEnum
 from pathlib import Path
@@ -282,12 +282,14 @@ def test_rotation_leaves_what_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    dead = tmp_path / ".tmp-step-000000005-999999999"
-    living = tmp_path / f".tmp-step-000000005-{os.getppid()}"
-    for path in (dead, living):
-        path.mkdir()
-        (path / "state.json").write_text("half")
-    save_checkpoint(tmp_path, 6, {}, keep=None)
+    with subprocess.Popen(["sleep", "60"]) as writer:
+        dead = tmp_path / ".tmp-step-000000005-999999999"
+        living = tmp_path / f".tmp-step-000000005-{writer.pid}"
+        for path in (dead, living):
+            path.mkdir()
+            (path / "state.json").write_text("half")
+        save_checkpoint(tmp_path, 6, {}, keep=None)
+        writer.kill()
     assert steps(tmp_path) == [living.name, "step-000000006"]
 
 

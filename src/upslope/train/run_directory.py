@@ -213,7 +213,7 @@ class RunDirectory:
         try:
             owner = json.loads(holder)
             who = f"process {int(owner['pid'])} on host {str(owner['host'])!r}"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             who = "another process that has just started"
         return RunDirectoryError(
             f"{self.path} is in use by {who}: wait until it ends, stop it, or choose another --name"

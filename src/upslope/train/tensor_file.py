@@ -102,8 +102,9 @@ def _check_header(raw: bytes, path: Path) -> None:
 def _span(entry: Any, name: str, path: Path) -> tuple[int, int]:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
-            known = dtype in _ITEM_BYTES and all(type(length) is int and 0 <= length < 2**63 for length in shape)
+            known = dtype in _ITEM_BYTES and all(type(length) is int and length >= 0 for length in shape)
             fits = 0 <= start <= stop and len(shape) <= 64 and len(entry) == 3
-            if known and fits and stop - start == prod(shape) * _ITEM_BYTES[dtype]:
+            indexable = known and fits and 8 * prod(max(length, 1) for length in shape) < 2**63
+            if indexable and stop - start == prod(shape) * _ITEM_BYTES[dtype]:
                 return start, stop
     raise damaged(path, f"gives an impossible type, shape or place for the tensor {name!r}")
