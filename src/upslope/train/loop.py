@@ -20,7 +20,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from upslope.collect import EnvironmentFailure, NonFiniteError, make_environments
+from upslope.collect import EnvironmentFailureError, NonFiniteError, make_environments
 from upslope.policies import ActorCritic
 from upslope.streams import Purpose
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
@@ -224,7 +224,7 @@ class _Training:
         before = session.steps
         try:
             metrics = session.advance()
-        except (EnvironmentFailure, NonFiniteError) as error:
+        except (EnvironmentFailureError, NonFiniteError) as error:
             self._rescue(error)
             raise
         self.pending.append(metrics)
@@ -282,8 +282,6 @@ class _Training:
 
     def _save(self, *, scheduled: bool) -> None:
         self._log_training()
-        if scheduled:
-            self.session.checkpoint_boundary()
         try:
             self._write(with_environments=True)
         except CheckpointError as error:
@@ -339,7 +337,7 @@ def _config_file(run: Run, session: Session) -> bytes:
     tree = {
         "run": config_to_tree(run),
         "estimator": dict(run.algorithm.describe()),
-        "resume": session.collector.resume,
+        "resume": session.collector.environments.resume,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
     return (json.dumps(tree, indent=2) + "\n").encode()

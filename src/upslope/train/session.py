@@ -102,7 +102,13 @@ class Session:
         return metrics
 
     def state(self, *, with_environments: bool = True) -> Tree:
-        """All of it; without the environments if they failed, so that they are made anew on resume."""
+        """All of it; without the environments if they failed, so that they are made anew on resume.
+
+        Environments whose state cannot be taken are made anew here, too, so that going on and resuming are the same.
+        """
+        environments = self.collector.snapshot() if with_environments else None
+        if self.collector.environments.resume == "rebuild":
+            self._forget_open_returns()
         return {
             "update": self.update,
             "steps": self.steps,
@@ -113,7 +119,7 @@ class Session:
             "algorithm": dict(self.algorithm_state),
             "policy": {name: tensor.detach() for name, tensor in self.policy.state_dict().items()},
             "optimizer": self.optimizer.state(),
-            "collector": self.collector.snapshot() if with_environments else None,
+            "collector": environments,
         }
 
     def load_state(self, tree: Tree) -> None:
@@ -140,17 +146,12 @@ class Session:
         self.returns.extend(tree["returns"])
         self.lengths.extend(tree["lengths"])
         if tree["collector"] is None:
-            self._rebuild()
+            self.collector.rebuild(self.update)
+            self._forget_open_returns()
         else:
             self.collector.restore(tree["collector"])
 
-    def checkpoint_boundary(self) -> None:
-        """Before a planned checkpoint: environments that cannot be snapshotted are made anew, resumed or not."""
-        if self.collector.resume == "rebuild":
-            self._rebuild()
-
-    def _rebuild(self) -> None:
-        self.collector.rebuild(self.update)
+    def _forget_open_returns(self) -> None:
         if self.policy.reward_normalizer is not None:
             self.policy.reward_normalizer.restart()
 
