@@ -1,0 +1,96 @@
+"""Learning curves as pictures."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upslope.report.compare import DEFAULT_METRIC, Comparison, Group, compare, describe_metric
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Told apart by colour-blind readers too (Okabe and Ito)."""
+_FORMATS = (".png", ".svg", ".pdf")
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "svg.hashsalt": "upslope",
+    "savefig.dpi": 160,
+}
+
+
+def learning_curve(
+    directories: Sequence[Path], path: Path, *, metric: str = DEFAULT_METRIC, title: str | None = None
+) -> Path:
+    """Draw the learning curves of some runs; see `draw`."""
+    return draw(compare(directories, metric=metric), path, title=title)
+
+
+def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Path:
+    """Draw one line per group: the interquartile mean over seeds, its 95 % interval, and the single runs thinly.
+
+    A run that stands alone gets its training return behind its evaluations.
+
+    Args:
+        comparison: what to draw.
+        path: where to save; its ending says how: .png, .svg or .pdf.
+        title: above the picture.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: another ending.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"a picture ends in {', '.join(_FORMATS)}, got {path.name!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("pictures need matplotlib: pip install 'upslope[report]'")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for index, group in enumerate(comparison.groups):
+            _draw_group(axes, group, _COLOURS[index % len(_COLOURS)], evaluated=comparison.metric.endswith("_mean"))
+        axes.set_xlabel("environment steps")
+        axes.set_ylabel(describe_metric(comparison.metric))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlim(left=0)
+        axes.margins(x=0.02)
+        if title is not None:
+            axes.set_title(title)
+        axes.legend(loc="best")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        undated = {"Date": None} if path.suffix.lower() == ".svg" else {}
+        figure.savefig(path, metadata=undated)
+    return path
+
+
+def _draw_group(axes: Any, group: Group, colour: str, *, evaluated: bool) -> None:
+    """One group: its mean in bold, its interval as a band, its runs as thin lines."""
+    single = len(group.runs) == 1
+    label = group.label if single else f"{group.label}, {len(group.runs)} seeds"
+    marker = {"marker": "o", "markersize": 3.5} if len(group.steps) <= 40 else {}
+    if single and evaluated and len(group.runs[0].training_steps):
+        run = group.runs[0]
+        axes.plot(run.training_steps, run.training_returns, color=colour, alpha=0.3, linewidth=1.0)
+    if not single:
+        for run in group.runs:
+            axes.plot(run.steps, run.values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.fill_between(group.steps, group.low, group.high, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(group.steps, np.asarray(group.mean), color=colour, linewidth=2.0, label=label, **marker)
