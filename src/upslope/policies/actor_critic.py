@@ -1,0 +1,277 @@
+"""Actor and critic for control: observation -> distribution over actions, and value."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from upslope.policies.config import ActorCriticConfig, build_head, config_from_tree
+from upslope.policies.distributions import HeadDistribution
+from upslope.policies.networks import MLP, build_encoder, is_vector_only
+from upslope.policies.normalizer import ObservationNormalizer, RewardNormalizer
+from upslope.policies.raw import read_observation
+from upslope.policies.sampler import ActorSampler
+from upslope.spaces import Space, space_from_tree, space_to_tree
+from upslope.trajectory import Evaluation, Observation, Steps, Trajectory, map_observation
+
+
+class ActorCritic(nn.Module):
+    """A policy for any space of `upslope.spaces`, with the critic and the normalisers that belong to it.
+
+    An encoder of one's own is any `nn.Module` from observations [M, ...] to features [M, features] that says how
+    many they are; it sees observations after normalisation:
+
+        class Sines(nn.Module):
+            features = 8
+
+            def forward(self, observation):
+                return torch.cat([observation.sin(), observation.cos()], dim=-1)
+
+        policy = ActorCritic(space, actions, ActorCriticConfig(), generator=generator, encoder=Sines())
+
+    Args:
+        observation_space: what the policy sees.
+        action_space: what it does; one leaf.
+        config: everything else.
+        generator: of the initial weights; the global generator is never touched.
+        encoder: in place of the built-in one. Unless `config.shared`, the critic gets a copy of it.
+
+    Raises:
+        ValueError: if the action space has no distribution, or an image is too small for the encoder asked for.
+    """
+
+    def __init__(
+        self,
+        observation_space: Space,
+        action_space: Space,
+        config: ActorCriticConfig,
+        *,
+        generator: torch.Generator,
+        encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.observation_space, self.action_space, self.config = observation_space, action_space, config
+        self.head = build_head(action_space, config)
+        self.observation_normalizer = (
+            ObservationNormalizer(observation_space, clip=config.observation_clip)
+            if config.normalize_observation
+            else None
+        )
+        self.reward_normalizer = RewardNormalizer(clip=config.reward_clip) if config.normalize_reward else None
+        self._own_encoder = encoder is not None
+        self._build_networks(encoder, generator)
+
+    def _build_networks(self, encoder: nn.Module | None, generator: torch.Generator) -> None:
+        config, head = self.config, self.head
+        gain = config.hidden_gain if config.orthogonal else None
+
+        def make_encoder() -> nn.Module:
+            return build_encoder(self.observation_space, config.encoder, config.image_layout, gain, generator)
+
+        def make_mlp(inputs: int, hidden: tuple[int, ...], outputs: int | None, **output: Any) -> MLP:
+            return MLP(inputs, hidden, outputs, activation=config.activation, gain=gain, generator=generator, **output)
+
+        self.encoder = make_encoder() if encoder is None else encoder
+        self.vector_only = is_vector_only(self.encoder)
+        inputs = _feature_count(self.encoder)
+        self.torso = make_mlp(inputs, config.hidden, None) if config.shared and config.hidden else None
+        inputs = inputs if self.torso is None else self.torso.features
+        hidden = () if config.shared else config.hidden
+        self.actor = make_mlp(
+            inputs,
+            hidden,
+            head.size - head.constant,
+            output_gain=config.policy_gain if config.orthogonal else None,
+            output_bias=head.initial,
+            constant=head.constant,
+        )
+        self.critic_encoder: nn.Module | None = None
+        self.critic: MLP | None = None
+        if config.critic:
+            if not (config.shared or self.vector_only):
+                self.critic_encoder = make_encoder() if encoder is None else copy.deepcopy(encoder)
+            self.critic = make_mlp(inputs, hidden, 1, output_gain=config.value_gain if config.orthogonal else None)
+
+    # --- learning ----------------------------------------------------------------------------------------------------
+
+    def log_prob(self, observation: Observation, action: Tensor) -> Tensor:
+        """log pi(a|s), any leading shape; differentiable."""
+        steps = self._steps(action)
+        observation, action = self._flat(observation, action, steps)
+        parameters = self.action_parameters(self._normalized(observation))
+        return self.head.log_prob_and_entropy(parameters, action)[0].view(steps)
+
+    def evaluate(self, steps: Steps) -> Evaluation:
+        """log-prob, entropy, distribution and value, in one pass of the actor and one of the critic; differentiable.
+
+        Args:
+            steps: observations [..., *observation] and stored actions [...] or [..., A], any leading shape.
+        """
+        shape = self._steps(steps.action)
+        observation, action = self._flat(steps.observation, steps.action, shape)
+        observation = self._normalized(observation)
+        features = self._shared_features(observation)
+        parameters = self.actor(features)
+        log_prob, entropy = self.head.log_prob_and_entropy(parameters, action)
+        value = self._value(observation, features) if self.critic is not None else None
+        if len(shape) != 1:
+            log_prob, entropy, parameters = log_prob.view(shape), entropy.view(shape), parameters.view(*shape, -1)
+            value = None if value is None else value.view(shape)
+        distribution = HeadDistribution(self.head, parameters)
+        return Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=value)
+
+    @torch.no_grad()
+    def values(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+        """V_t and V'_t, both [B, T], in one batched critic call over observations and final observations.
+
+        Raises:
+            ValueError: if the policy has no critic.
+        """
+        if self.critic is None:
+            raise ValueError("this policy has no critic: make it with ActorCriticConfig(critic=True)")
+        shape = trajectory.shape
+        observation = map_observation(lambda t: t.reshape(-1, *t.shape[2:]), trajectory.observation)
+        final = trajectory.final_observation
+        if isinstance(observation, dict):
+            together = {
+                name: torch.cat([entry, cast("dict[str, Tensor]", final)[name]]) for name, entry in observation.items()
+            }
+        else:
+            together = torch.cat([observation, cast("Tensor", final)])
+        together = self._normalized(together)
+        value = self._value(together, None)
+        count = trajectory.reward.numel()
+        present = value[:count].view(shape)
+        return present, trajectory.next_value(present, value[count:])
+
+    def observe(self, trajectory: Trajectory) -> None:
+        """Let the observation normaliser, if there is one, see what was collected: after learning from it."""
+        if self.observation_normalizer is not None:
+            self.observation_normalizer.update(trajectory.observation, trajectory.mask)
+
+    def action_parameters(self, observation: Observation) -> Tensor:
+        """Parameters [M, P] of the action distributions, for normalised observations [M, ...]."""
+        return self.actor(self._shared_features(observation))
+
+    def _shared_features(self, observation: Observation) -> Tensor:
+        features = self.encoder(observation)
+        return features if self.torso is None else self.torso(features)
+
+    def _value(self, observation: Observation, features: Tensor | None) -> Tensor:
+        """[M] from normalised observations; from the actor's features, where they serve both."""
+        assert self.critic is not None
+        if self.critic_encoder is not None:
+            features = self.critic_encoder(observation)
+        elif features is None:
+            features = self._shared_features(observation)
+        return self.critic(features).view(-1)
+
+    def _normalized(self, observation: Observation) -> Observation:
+        return observation if self.observation_normalizer is None else self.observation_normalizer(observation)
+
+    def _steps(self, action: Tensor) -> torch.Size:
+        return action.shape[: action.ndim - self.head.action_dimensions]
+
+    @staticmethod
+    def _flat(observation: Observation, action: Tensor, steps: torch.Size) -> tuple[Observation, Tensor]:
+        lead = len(steps)
+        if lead == 1:
+            return observation, action
+        flat = map_observation(lambda t: t.reshape(-1, *t.shape[lead:]), observation)
+        return flat, action.reshape(-1, *action.shape[lead:])
+
+    # --- acting ------------------------------------------------------------------------------------------------------
+
+    def sampler(self) -> ActorSampler:
+        """A lean view for rollouts; take a new one per rollout."""
+        return ActorSampler(
+            self.head, self.encoder, self.torso, self.actor, self.observation_normalizer, vector_only=self.vector_only
+        )
+
+    def act(self, observation: Any, *, deterministic: bool = True, generator: np.random.Generator | None = None) -> Any:
+        """What to give to `env.step` for what `env.reset` or `env.step` gave.
+
+        Args:
+            observation: a single observation or a batch of them (a vector environment's), as Gymnasium has it: an
+                array or a number, or dicts and tuples of them.
+            deterministic: the most likely action (the default), or else a sample.
+            generator: of the sample; None takes fresh entropy from the system.
+
+        Returns:
+            An action in the environment's terms, or an array of them for a batch.
+
+        Raises:
+            ValueError: if the observation does not fit the observation space or is not finite.
+        """
+        arrays, single = read_observation(self.observation_space, observation)
+        sampler = self.sampler()
+        if deterministic:
+            action = sampler.mode(arrays)
+        else:
+            count = len(next(iter(arrays.values())) if isinstance(arrays, dict) else arrays)
+            noise = sampler.noise(generator or np.random.default_rng(), 1, count)
+            action = sampler.sample(arrays, noise[0])
+        action = sampler.to_environment(action)
+        return action[0] if single else action
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def config_tree(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain nested dicts: `from_tree` builds the same policy from it."""
+        return {
+            "observation_space": space_to_tree(self.observation_space),
+            "action_space": space_to_tree(self.action_space),
+            "config": asdict(self.config),
+            "own_encoder": type(self.encoder).__name__ if self._own_encoder else None,
+        }
+
+    @classmethod
+    def from_tree(
+        cls, tree: Mapping[str, Any], tensors: Mapping[str, Tensor], *, encoder: nn.Module | None = None
+    ) -> ActorCritic:
+        """The policy whose `config_tree()` and `state_dict()` these are; lists may stand for tuples.
+
+        Args:
+            tree: of `config_tree`.
+            tensors: of `state_dict`.
+            encoder: a fresh module of the same class, if the policy was made with an encoder of the user's own.
+
+        Raises:
+            ValueError: if the tree describes no policy, an encoder is missing or too many, or the tensors do not fit.
+        """
+        expected = {"observation_space", "action_space", "config", "own_encoder"}
+        if set(tree) != expected:
+            raise ValueError(f"a policy is described by {sorted(expected)}, got {sorted(tree)}")
+        own = tree["own_encoder"]
+        if own is not None and encoder is None:
+            raise ValueError(f"this policy was made with an encoder of its own, {own}: pass a new one as `encoder`")
+        if own is None and encoder is not None:
+            raise ValueError("this policy was made with a built-in encoder: leave `encoder` out")
+        policy = cls(
+            space_from_tree(tree["observation_space"]),
+            space_from_tree(tree["action_space"]),
+            config_from_tree(tree["config"]),
+            generator=torch.Generator(),
+            encoder=encoder,
+        )
+        try:
+            policy.load_state_dict(dict(tensors))
+        except RuntimeError as error:
+            raise ValueError(f"the saved tensors do not fit the policy's configuration: {error}") from error
+        return policy
+
+
+def _feature_count(encoder: nn.Module) -> int:
+    features = getattr(encoder, "features", None)
+    if not isinstance(features, int) or features < 1:
+        raise ValueError(
+            f"the encoder {type(encoder).__name__} must have an attribute `features`: the number of features it puts "
+            f"out per observation, a positive integer; got {features!r}"
+        )
+    return features

@@ -1,0 +1,70 @@
+"""A policy made lean for rollouts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from upslope.policies.distributions import Head
+from upslope.policies.networks import MLP, LeanMLP, encode_arrays
+from upslope.policies.normalizer import ObservationNormalizer
+from upslope.trajectory import ObservationArrays, map_observation
+
+
+class ActorSampler:
+    """NumPy in, NumPy out: the `Sampler` of an `ActorCritic`.
+
+    Vectors go through NumPy alone, on views of the parameters and statistics where they lie; encoders with
+    parameters run in torch. Valid while the parameters stay where they are, whatever their contents; on an
+    accelerator it holds copies, valid until the next optimiser step.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        encoder: nn.Module,
+        torso: MLP | None,
+        actor: MLP,
+        normalizer: ObservationNormalizer | None,
+        *,
+        vector_only: bool,
+    ) -> None:
+        self._head, self._encoder, self._vector_only = head, encoder, vector_only
+        self._normalize = None if normalizer is None else normalizer.lean()
+        self._torso = None if torso is None else LeanMLP(torso)
+        self._actor = LeanMLP(actor)
+        self._device = next(actor.parameters()).device
+
+    def noise(self, generator: np.random.Generator, steps: int, environments: int) -> np.ndarray:
+        """All the randomness of a rollout, [steps, environments, ...], drawn at once."""
+        return self._head.noise(generator, steps, environments)
+
+    def sample(self, observation: ObservationArrays, noise: np.ndarray) -> np.ndarray:
+        """One stored action per environment, [N] or [N, A], from that step's slice of the noise."""
+        return self._head.sample(self.parameters(observation), noise)
+
+    def mode(self, observation: ObservationArrays) -> np.ndarray:
+        """The most likely stored action per environment."""
+        return self._head.mode(self.parameters(observation))
+
+    def to_environment(self, action: np.ndarray) -> np.ndarray:
+        """Stored actions as the environment takes them."""
+        return self._head.to_environment(action)
+
+    def parameters(self, observation: ObservationArrays) -> np.ndarray:
+        """[N, P]: parameters of the action distributions for observations [N, ...] as the environment gives them."""
+        if self._normalize is not None:
+            observation = self._normalize(observation)
+        if self._vector_only:
+            features = encode_arrays(self._encoder, observation, self._actor.dtype)
+        else:
+            features = self._encoded(observation)
+        if self._torso is not None:
+            features = self._torso(features)
+        return self._actor(features)
+
+    def _encoded(self, observation: ObservationArrays) -> np.ndarray:
+        with torch.no_grad():
+            tensors = map_observation(lambda array: torch.as_tensor(array, device=self._device), observation)
+            return self._encoder(tensors).cpu().numpy()
