@@ -127,7 +127,7 @@ def _value(expected: Any, value: Any, where: str) -> Any:
 def _one_of(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if isinstance(value, dict) and "class" in value:
         for choice in choices:
-            if dataclasses.is_dataclass(choice) and choice.__name__ == value["class"]:
+            if isinstance(choice, type) and choice.__name__ == value["class"]:
                 return _dataclass(choice, value, where)
         raise ConfigError(
             f"{where} is a {value['class']}, which is not one of upslope's own classes; give the recipe that made the "

@@ -62,17 +62,22 @@ class Evaluator:
             self._environments = make_environments(
                 self._config, seed=self._seed, purpose=Purpose.EVALUATION_ENVIRONMENT
             )
-        results = [
+        mode, sampled = (
             evaluate_policy(
-                policy, self._environments, episodes=episodes, seed=self._seed, index=index, deterministic=deterministic
+                policy,
+                self._environments,
+                episodes=episodes,
+                seed=self._seed,
+                update=index,
+                deterministic=deterministic,
             )
             for deterministic in (True, False)
-        ]
+        )
         return EvaluationReport(
-            deterministic_returns=results[0].returns,
-            deterministic_lengths=results[0].lengths,
-            stochastic_returns=results[1].returns,
-            stochastic_lengths=results[1].lengths,
+            deterministic_returns=mode.returns,
+            deterministic_lengths=mode.lengths,
+            stochastic_returns=sampled.returns,
+            stochastic_lengths=sampled.lengths,
         )
 
     def close(self) -> None:

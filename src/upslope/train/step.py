@@ -185,8 +185,9 @@ def _step(
         loss = algorithm.loss(piece, policy.evaluate(piece), now)
         metrics.append(dict(loss.metrics))
         loss.value.backward()
-    merged = metrics[0] if parts == 1 else {name: sum(m[name] for m in metrics) for name in metrics[0]}
-    totals.add(merged)
+    totals.add(
+        metrics[0] if parts == 1 else {name: torch.stack([m[name] for m in metrics]).sum() for name in metrics[0]}
+    )
     if passes.kl_stop == "before_step" and passes.target_kl is not None and totals.kl_beyond(1.5 * passes.target_kl):
         return False
     totals.add_norm(optimizer.step(learning_rate))
