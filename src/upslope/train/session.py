@@ -70,9 +70,7 @@ class Session:
         collected = time.perf_counter()
         seen = trajectory
         if policy.reward_normalizer is not None:
-            ended = trajectory.terminated | trajectory.truncated
-            policy.reward_normalizer.update(trajectory.reward, ended, trajectory.mask, gamma=self.algorithm.gamma)
-            seen = replace(trajectory, reward=policy.reward_normalizer(trajectory.reward))
+            seen = replace(trajectory, reward=policy.reward_normalizer.scale(trajectory, self.algorithm.gamma))
         learning_rate = scheduled(run.optimizer.schedule, run.optimizer.learning_rate, self.progress)
         learned = learn(
             policy,
