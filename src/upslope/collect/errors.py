@@ -7,7 +7,7 @@ class EnvironmentFailureError(RuntimeError):
     """An environment raised, crashed or hung.
 
     Attributes:
-        index: which environment (the first of the worker's where the worker died).
+        index: which environment, -1 where a vector environment does not say.
     """
 
     def __init__(self, message: str, index: int) -> None:
@@ -17,6 +17,10 @@ class EnvironmentFailureError(RuntimeError):
 
 class NonFiniteError(ValueError):
     """An observation, action or reward is NaN or infinite."""
+
+
+class UnsupportedAutoresetError(ValueError):
+    """A vector environment that does not say, or says wrongly, how it resets."""
 
 
 class UnsupportedSpaceError(ValueError):

@@ -8,7 +8,6 @@ snapshotted at all but rebuilt (see `upslope.collect.vector.VectorEnvironment.re
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
 import gymnasium
@@ -225,53 +224,3 @@ def _restore_mujoco(environment: Any, state: Tree) -> None:
         saved = state["arrays"].get(name)
         if saved is not None and tuple(saved.shape) == array.shape:
             array[...] = np.asarray(saved)
-
-
-def resume_problem(factory: Callable[[], gymnasium.Env[Any, Any]], *, steps: int = 20) -> str | None:
-    """Whether snapshots of these environments hold, found out by trying: why not, or None if they do.
-
-    One environment takes some steps, is snapshotted and goes on; a fresh one gets the snapshot and the same actions.
-    Every observation, reward and flag must agree to the last bit.
-    """
-    first, second = factory(), factory()
-    try:
-        missing = unsupported_layer(first)
-        if missing is not None:
-            return f"the state of {missing} cannot be taken (it has no get_state and set_state)"
-        first.action_space.seed(0)
-        first.reset(seed=0)
-        _walk(first, [first.action_space.sample() for _ in range(7)])
-        actions = [first.action_space.sample() for _ in range(steps)]
-        tree = snapshot_environment(first)
-        expected = _walk(first, actions)
-        second.reset(seed=1)
-        restore_environment(second, tree)
-        if not _same(expected, _walk(second, actions)):
-            return "an environment restored from a snapshot went on differently"
-    except ValueError as error:
-        return str(error)
-    finally:
-        first.close()
-        second.close()
-    return None
-
-
-def _walk(environment: gymnasium.Env[Any, Any], actions: list[Any]) -> list[Any]:
-    trace: list[Any] = []
-    for action in actions:
-        observation, reward, terminated, truncated, _ = environment.step(action)
-        trace.append([observation, reward, terminated, truncated])
-        if terminated or truncated:
-            observation, _ = environment.reset()
-            trace.append([observation])
-    return trace
-
-
-def _same(left: Any, right: Any) -> bool:
-    match left:
-        case dict():
-            return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
-        case list() | tuple():
-            return len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))
-        case _:
-            return np.asarray(left).tobytes() == np.asarray(right).tobytes()

@@ -98,13 +98,14 @@ class VectorEnvironment(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """The memory a step is written into, [N, ...]."""
+    """The memory a step is written into, [N, ...]; `current` holds the index of the environment at work."""
 
     observation: ObservationArrays
     final: ObservationArrays
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    current: np.ndarray
 
     @classmethod
     def allocate(cls, layout: ObservationLayout, count: int) -> StepArrays:
@@ -115,16 +116,7 @@ class StepArrays:
             np.zeros(count),
             np.zeros(count, dtype=bool),
             np.zeros(count, dtype=bool),
-        )
-
-    def rows(self, selected: slice) -> StepArrays:
-        """Views of some environments' rows."""
-        return StepArrays(
-            map_observation(lambda array: array[selected], self.observation),
-            map_observation(lambda array: array[selected], self.final),
-            self.reward[selected],
-            self.terminated[selected],
-            self.truncated[selected],
+            np.zeros(1, dtype=np.int64),
         )
 
 
@@ -133,7 +125,8 @@ class SyncEnvironments:
 
     Args:
         factories: one per environment.
-        resume: whether snapshots are to be used (see `resolve_resume`).
+        resume: whether snapshots are to be used (`resume_problem` tells whether they hold).
+        remake: whether `rebuild` may close the environments and call the factories again; otherwise it only resets.
         arrays: memory to write steps into; own memory if None.
         first_index: what the first environment is called in error messages.
 
@@ -149,6 +142,7 @@ class SyncEnvironments:
         factories: Sequence[Factory],
         *,
         resume: Resume = "rebuild",
+        remake: bool = True,
         arrays: StepArrays | None = None,
         first_index: int = 0,
     ) -> None:
@@ -157,6 +151,7 @@ class SyncEnvironments:
         self.num_envs = len(factories)
         self.resume: Resume = resume
         self._factories = list(factories)
+        self._remake = remake
         self._first_index = first_index
         self._environments: list[gymnasium.Env[Any, Any]] = []
         self._make()
@@ -194,14 +189,15 @@ class SyncEnvironments:
         seed = self._seeds[index] if self._environments and len(self._environments) > index else None
         seeded = f", last seeded with {seed}" if seed is not None else ""
         return EnvironmentFailureError(
-            f"environment {self._first_index + index} {what}{seeded}: {type(error).__name__}: {error}. The fault is in "
-            "the environment, see the traceback above this one; `upslope check-env` tries it on its own",
+            f"environment {self._first_index + index} {what}{seeded}: {type(error).__name__}: {error}. The fault is "
+            "in the environment; `upslope check-env` tries it on its own",
             self._first_index + index,
         )
 
     def reset(self, seeds: Sequence[int] | None) -> ObservationArrays:
         """Begin new episodes everywhere."""
         for index, environment in enumerate(self._environments):
+            self._arrays.current[0] = index
             if seeds is not None:
                 self._seeds[index] = seeds[index]
             try:
@@ -223,9 +219,10 @@ class SyncEnvironments:
             truncated[:] = False
         actions = action.tolist() if self._scalar_action else action.astype(self._action_dtype, copy=False)
         finished: list[int] = []
-        index = 0
+        index, current = 0, arrays.current
         try:
             for step, chosen in zip(self._steps, actions, strict=True):
+                current[0] = index
                 observation, reward[index], ended, cut, _ = step(chosen)
                 if ended or cut:
                     terminated[index] = ended
@@ -248,8 +245,17 @@ class SyncEnvironments:
         """The state of all environments and the observation to act on."""
         return {
             "observation": copy_arrays(self._arrays.observation),
-            "environments": [snapshot_environment(environment) for environment in self._environments],
+            "environments": self.snapshot_states(),
         }
+
+    def snapshot_states(self) -> list[Tree]:
+        """The state of each environment."""
+        return [snapshot_environment(environment) for environment in self._environments]
+
+    def restore_states(self, states: Sequence[Tree]) -> None:
+        """Put back the state of each environment."""
+        for environment, state in zip(self._environments, states, strict=True):
+            restore_environment(environment, state)
 
     def restore(self, tree: Tree) -> ObservationArrays:
         """Put that state back.
@@ -263,15 +269,15 @@ class SyncEnvironments:
                 f"the checkpoint holds the states of {len(states)} environments, this run has {self.num_envs}; "
                 f"resume with count={len(states)}"
             )
-        for environment, state in zip(self._environments, states, strict=True):
-            restore_environment(environment, state)
+        self.restore_states(states)
         write_observation(self._arrays.observation, tree["observation"])
         return self._arrays.observation
 
     def rebuild(self, seeds: Sequence[int]) -> ObservationArrays:
-        """Make all environments anew and reset them with these seeds."""
-        self.close()
-        self._make()
+        """Make all environments anew (if `remake`) and reset them with these seeds."""
+        if self._remake:
+            self.close()
+            self._make()
         return self.reset(seeds)
 
     def close(self) -> None:

@@ -1,0 +1,273 @@
+"""From an id, an environment, a factory or a vector environment to environments the collector can step."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from upslope.collect.actions import random_action
+from upslope.collect.autoreset import GymnasiumVector
+from upslope.collect.errors import UnknownEnvironmentError
+from upslope.collect.resume import resume_problem
+from upslope.collect.rollout import Truncation
+from upslope.collect.vector import Factory, Resume, SyncEnvironments, VectorEnvironment
+from upslope.collect.workers import AsyncEnvironments, available_cores
+
+Source: TypeAlias = gymnasium.Env[Any, Any] | Factory | VectorEnv[Any, Any, Any]
+"""What may stand in place of an id: an environment, a function that makes one, or a vector environment."""
+
+_EXTRAS = {"box2d": "box2d", "mujoco": "mujoco", "ale_py": "atari", "ale": "atari", "classic_control": "classic"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig:
+    """Which environments a run acts in."""
+
+    id: str = "CartPole-v1"
+    """Gymnasium id, for example Hopper-v5, ALE/Breakout-v5 or my_package:MyEnv-v0."""
+    count: int = 1
+    """How many environments are stepped together."""
+    vectorization: Literal["auto", "sync", "async", "native"] = "auto"
+    """sync: in this process; async: in worker processes; native: the environment's own; auto: what measures fastest."""
+    kwargs: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
+    """Arguments of the environment's constructor."""
+    time_limit: int | None = None
+    """Steps after which an episode is truncated; None for the environment's own limit."""
+    preprocessing: Literal["none", "atari"] = "none"
+    """atari: 84 x 84 grey frames, every 4th, the last 4 stacked; up to 30 idle steps at the start."""
+    truncation: Truncation = "bootstrap"
+    """What a time limit means. as_termination counts it as death, which is wrong: it is there to be compared."""
+    deadline: float = 60.0
+    """Seconds one step of all environments may take before it counts as hung (async)."""
+    processes: int | None = None
+    """Worker processes (async); None for one per core."""
+    resume: Literal["auto", "snapshot", "rebuild"] = "auto"
+    """How environments go on after a checkpoint: from their state, or made anew there with open episodes truncated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolution:
+    """A config with nothing left to choose, and why it became so.
+
+    Attributes:
+        config: as given, with `vectorization` and `resume` settled; recorded and used again on resume.
+        notes: sentences for the run's log.
+    """
+
+    config: EnvironmentConfig
+    notes: tuple[str, ...]
+
+
+def resolve_environments(config: EnvironmentConfig, source: Source | None = None) -> Resolution:
+    """Settle what the config leaves open, by measuring and trying.
+
+    - `vectorization="auto"`: the environment's own if it has one that is at least twice as fast at this count; worker
+      processes if there are several cores and a step of all environments would gain from them; else this process.
+    - `resume="auto"`: snapshots if restoring one into fresh environments goes on the same to the last bit.
+
+    Raises:
+        UnknownEnvironmentError: if there is no such environment, or its package is missing.
+        ValueError: if `resume="snapshot"` is asked of environments that cannot be snapshotted.
+    """
+    notes: list[str] = []
+    if config.vectorization == "auto" and not isinstance(source, VectorEnv):
+        choice, why = _fastest(config, source)
+        config = dataclasses.replace(config, vectorization=choice)
+        notes.append(f"environments are stepped {choice}: {why}")
+    if config.resume != "rebuild":
+        problem = _resume_problem(config, source)
+        if problem is not None and config.resume == "snapshot":
+            raise ValueError(f"resume='snapshot' is not possible: {problem}. Use resume='rebuild'")
+        if problem is not None:
+            notes.append(
+                f"environments are made anew at every checkpoint, open episodes are truncated there: {problem}"
+            )
+        config = dataclasses.replace(config, resume="snapshot" if problem is None else "rebuild")
+    return Resolution(config=config, notes=tuple(notes))
+
+
+def make_environments(
+    config: EnvironmentConfig,
+    source: Source | None = None,
+    *,
+    count: int | None = None,
+    render_mode: str | None = None,
+) -> VectorEnvironment:
+    """Environments ready to be stepped.
+
+    Args:
+        config: which; what it leaves open is settled first (see `resolve_environments`).
+        source: in place of `config.id`: an environment, a function that makes one, or a vector environment.
+        count: in place of `config.count`, for evaluation.
+        render_mode: Gymnasium's; environments that are shown are stepped in this process.
+
+    Raises:
+        UnknownEnvironmentError: if there is no such environment, or its package is missing.
+        UnsupportedSpaceError: if no policy of ours can see or act in it.
+        ValueError: if what is asked for does not fit the source.
+    """
+    if count is not None:
+        config = dataclasses.replace(config, count=count)
+    if render_mode is not None:
+        config = dataclasses.replace(config, vectorization="sync", resume="rebuild")
+    config = resolve_environments(config, source).config
+    resume: Resume = "snapshot" if config.resume == "snapshot" else "rebuild"
+    if isinstance(source, VectorEnv):
+        return GymnasiumVector(source, resume=resume)
+    if config.count < 1:
+        raise ValueError(f"count is the number of environments and at least 1, got {config.count}")
+    if isinstance(source, gymnasium.Env):
+        if config.count != 1 or config.vectorization != "sync":
+            raise ValueError(
+                f"one environment cannot be stepped as {config.count} ({config.vectorization}); pass a function that "
+                "makes one instead, for example lambda: MyEnv()"
+            )
+        return SyncEnvironments([_factory(config, source, None)], resume=resume, remake=False)
+    if config.vectorization == "native":
+        return _native(config, source, resume)
+    factories = [_factory(config, source, render_mode)] * config.count
+    if config.vectorization == "async":
+        return AsyncEnvironments(factories, deadline=config.deadline, processes=config.processes, resume=resume)
+    return SyncEnvironments(factories, resume=resume)
+
+
+def environment_factory(config: EnvironmentConfig, *, render_mode: str | None = None) -> Factory:
+    """A function that makes one environment of this config, wrappers included.
+
+    Raises (when called):
+        UnknownEnvironmentError: if there is no such environment, or its package is missing.
+    """
+    return _factory(config, None, render_mode)
+
+
+def _factory(
+    config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None, render: str | None
+) -> Factory:
+    def make() -> gymnasium.Env[Any, Any]:
+        if source is None:
+            return _preprocessed(_make_by_id(config, render_mode), config)
+        environment = source if isinstance(source, gymnasium.Env) else source()
+        if config.time_limit is not None:
+            environment = gymnasium.wrappers.TimeLimit(environment, config.time_limit)
+        return _preprocessed(environment, config)
+
+    return make
+
+
+def _make_by_id(config: EnvironmentConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]:
+    kwargs: dict[str, Any] = dict(config.kwargs)
+    if config.preprocessing == "atari":
+        kwargs.setdefault("frameskip", 1)
+    if render_mode is not None:
+        kwargs["render_mode"] = render_mode
+
+    def make() -> gymnasium.Env[Any, Any]:
+        return gymnasium.make(config.id, max_episode_steps=config.time_limit, disable_env_checker=True, **kwargs)
+
+    return _explained(config.id, make)
+
+
+def _preprocessed(environment: gymnasium.Env[Any, Any], config: EnvironmentConfig) -> gymnasium.Env[Any, Any]:
+    if config.preprocessing == "none":
+        return environment
+    return gymnasium.wrappers.FrameStackObservation(gymnasium.wrappers.AtariPreprocessing(environment), 4)
+
+
+def _explained(name: str, make: Callable[[], Any]) -> Any:
+    """Make it, and say what to do if there is no such thing."""
+    try:
+        if name.startswith("ALE/"):
+            gymnasium.register_envs(importlib.import_module("ale_py"))
+        return make()
+    except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as error:
+        close = difflib.get_close_matches(name, list(gymnasium.registry), n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise UnknownEnvironmentError(
+            f"there is no environment {name!r} ({error}).{hint} gymnasium.pprint_registry() lists those installed; one of "
+            "your own package is written package:Name-v0"
+        ) from error
+    except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
+        specification = gymnasium.registry.get(name)
+        entry = "ale_py" if name.startswith("ALE/") else str(specification.entry_point if specification else "")
+        extra = next((extra for word, extra in _EXTRAS.items() if word in entry), None)
+        remedy = f"pip install 'upslope[{extra}]'" if extra else "install the package that provides it"
+        raise UnknownEnvironmentError(f"{name} needs a package that is not installed ({error}): {remedy}") from error
+
+
+def _native(config: EnvironmentConfig, source: Factory | None, resume: Resume) -> GymnasiumVector:
+    if source is not None or not has_native(config):
+        raise ValueError(
+            f"{config.id if source is None else source} has no vectorisation of its own that can be used here; take "
+            "vectorization='sync' or 'async'"
+        )
+    kwargs: dict[str, Any] = dict(config.kwargs)
+    if config.time_limit is not None:
+        kwargs["max_episode_steps"] = config.time_limit
+
+    def make() -> VectorEnv[Any, Any, Any]:
+        mode = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
+        return _explained(
+            config.id, lambda: gymnasium.make_vec(config.id, config.count, vectorization_mode=mode, **kwargs)
+        )
+
+    return GymnasiumVector(make(), vectorization="native", factory=make, resume=resume)
+
+
+def has_native(config: EnvironmentConfig) -> bool:
+    """Whether the environment brings its own vectorisation and nothing is to be wrapped around single ones."""
+    specification = gymnasium.registry.get(config.id)
+    return specification is not None and specification.vector_entry_point is not None and config.preprocessing == "none"
+
+
+def _resume_problem(config: EnvironmentConfig, source: Source | None) -> str | None:
+    if isinstance(source, gymnasium.Env | VectorEnv):
+        return "they were passed as objects, and no second one can be made to try a snapshot on; pass a function"
+    if config.vectorization == "native":
+        return resume_problem(lambda: _native(config, source, "snapshot"))
+    return resume_problem(lambda: SyncEnvironments([_factory(config, source, None)], resume="snapshot"))
+
+
+def _fastest(
+    config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None
+) -> tuple[Literal["sync", "async", "native"], str]:
+    if isinstance(source, gymnasium.Env):
+        return "sync", "it was passed as one object"
+    single = SyncEnvironments([_factory(config, source, None)])
+    together = config.count * _seconds_per_step(single)
+    if source is None and config.count > 1 and has_native(config):
+        native = _seconds_per_step(_native(config, None, "rebuild"))
+        if 2 * native < together:
+            return "native", f"{native * 1e6:.0f} us a step against {together * 1e6:.0f} us one by one"
+    cores = min(available_cores(), config.processes or config.count, config.count)
+    shared = together / cores + _WORKER_OVERHEAD * cores
+    if cores > 1 and 1.3 * shared < together:
+        return "async", f"about {shared * 1e6:.0f} us a step in {cores} processes against {together * 1e6:.0f} us"
+    return "sync", f"{together * 1e6:.0f} us a step"
+
+
+_WORKER_OVERHEAD = 60e-6
+"""Seconds that waking one worker and hearing from it costs, measured."""
+
+
+def _seconds_per_step(environments: VectorEnvironment, *, budget: float = 0.1) -> float:
+    """Median over a few steps of random actions, in no more than `budget` seconds after the first step."""
+    generator = np.random.default_rng(0)
+    environments.reset(range(environments.num_envs))
+    environments.step(random_action(environments.action_space, generator, environments.num_envs))
+    taken: list[float] = []
+    while len(taken) < 3 or (len(taken) < 100 and sum(taken) < budget):
+        action = random_action(environments.action_space, generator, environments.num_envs)
+        begin = time.perf_counter()
+        environments.step(action)
+        taken.append(time.perf_counter() - begin)
+    environments.close()
+    return float(np.median(taken))
