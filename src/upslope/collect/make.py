@@ -150,7 +150,7 @@ def environment_factory(config: EnvironmentConfig, *, render_mode: str | None = 
 
 
 def _factory(
-    config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None, render: str | None
+    config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None, render_mode: str | None
 ) -> Factory:
     def make() -> gymnasium.Env[Any, Any]:
         if source is None:
@@ -192,8 +192,8 @@ def _explained(name: str, make: Callable[[], Any]) -> Any:
         close = difflib.get_close_matches(name, list(gymnasium.registry), n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise UnknownEnvironmentError(
-            f"there is no environment {name!r} ({error}).{hint} gymnasium.pprint_registry() lists those installed; one of "
-            "your own package is written package:Name-v0"
+            f"there is no environment {name!r} ({error}).{hint} gymnasium.pprint_registry() lists those installed; one "
+            "of your own package is written package:Name-v0"
         ) from error
     except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         specification = gymnasium.registry.get(name)

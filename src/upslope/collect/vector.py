@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from upslope.collect.convert import ObservationLayout, action_dtype, convert_action_space, copy_arrays
-from upslope.collect.errors import EnvironmentFailureError
+from upslope.collect.errors import EnvironmentFailureError, UnknownEnvironmentError
 from upslope.collect.snapshot import restore_environment, snapshot_environment
 from upslope.spaces import Discrete, Leaf, Space
 from upslope.trajectory import ObservationArrays, Tree, map_observation
@@ -181,6 +181,8 @@ class SyncEnvironments:
         for index, factory in enumerate(self._factories):
             try:
                 self._environments.append(factory())
+            except UnknownEnvironmentError:
+                raise
             except Exception as error:
                 raise self._failure(index, error, "could not be made") from error
         self._steps = [environment.step for environment in self._environments]
