@@ -61,7 +61,7 @@ class OneStepActorCritic:
 
     def prepare(self, batch: Batch) -> Batch:
         """Every step counts the same."""
-        return replace(batch, weight=step_mean(batch.mask))
+        return replace(batch, weight=step_mean(batch.mask, dtype=batch.advantage.dtype))
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """Score function, value error, entropy bonus."""
@@ -120,7 +120,7 @@ class A2C:
     def prepare(self, batch: Batch) -> Batch:
         """Every step counts the same."""
         advantage = standardise(batch.advantage, batch.mask) if self.normalize_advantage else batch.advantage
-        return replace(batch, advantage=advantage, weight=step_mean(batch.mask))
+        return replace(batch, advantage=advantage, weight=step_mean(batch.mask, dtype=batch.advantage.dtype))
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """Score function, value error, entropy bonus."""

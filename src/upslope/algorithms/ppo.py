@@ -82,6 +82,11 @@ class PPO:
             raise ValueError(f"dual_clip must be greater than 1, got {self.dual_clip}")
         if self.dual_clip is not None and self.clip is None:
             raise ValueError("dual_clip bounds the clipped objective: set clip too")
+        if self.kl_coefficient < 0.0:
+            raise ValueError(f"kl_coefficient must be at least 0, got {self.kl_coefficient}")
+        for name, bound in (("value_clip", self.value_clip), ("kl_target", self.kl_target), ("target_kl", self.target_kl)):
+            if bound is not None and bound <= 0.0:
+                raise ValueError(f"{name} must be positive, or None for off, got {bound}")
         if self.kl_target is not None and self.kl_coefficient == 0.0:
             raise ValueError("kl_target adapts the penalty: set kl_coefficient to its first value, for example 1.0")
         if self.epochs < 1 or self.minibatches < 1:
@@ -114,7 +119,7 @@ class PPO:
     def prepare(self, batch: Batch) -> Batch:
         """Every step counts the same; advantages are standardised over the optimiser step."""
         advantage = standardise(batch.advantage, batch.mask) if self.normalize_advantage else batch.advantage
-        return replace(batch, advantage=advantage, weight=step_mean(batch.mask))
+        return replace(batch, advantage=advantage, weight=step_mean(batch.mask, dtype=batch.advantage.dtype))
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """Clipped or penalised surrogate, value error and entropy bonus."""
@@ -196,14 +201,14 @@ def surrogate_metrics(
 ) -> dict[str, Tensor]:
     """Means over the batch of what one watches in a surrogate method."""
     with torch.no_grad():
-        weight = batch.weight
-        metrics = {
-            "policy_loss": -weighted_sum(objective, weight),
-            "value_loss": weighted_sum(value_error, weight),
-            "entropy": weighted_sum(evaluation.entropy, weight),
-            "kl": weighted_sum(k3(batch.behaviour_log_prob, evaluation.log_prob), weight),
+        log_ratio = evaluation.log_prob - batch.behaviour_log_prob
+        watched = {
+            "policy_loss": -objective,
+            "value_loss": value_error,
+            "entropy": evaluation.entropy,
+            "kl": k3(batch.behaviour_log_prob, evaluation.log_prob),
         }
         if clip is not None:
-            outside = (torch.exp(evaluation.log_prob - batch.behaviour_log_prob) - 1.0).abs_() > clip
-            metrics["clip_fraction"] = weighted_sum(outside.to(weight.dtype), weight)
-        return metrics
+            watched["clip_fraction"] = (log_ratio.expm1_().abs_() > clip).to(batch.weight.dtype)
+        means = torch.stack(list(watched.values())).flatten(1) @ batch.weight.flatten()
+        return dict(zip(watched, means, strict=True))

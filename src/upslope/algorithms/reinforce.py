@@ -97,7 +97,7 @@ class Reinforce:
     def prepare(self, batch: Batch) -> Batch:
         """Each trajectory's sum counts the same."""
         advantage = standardise(batch.advantage, batch.mask) if self.normalize_advantage else batch.advantage
-        return replace(batch, advantage=advantage, weight=trajectory_sum(batch.mask))
+        return replace(batch, advantage=advantage, weight=trajectory_sum(batch.mask, dtype=batch.advantage.dtype))
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """The negative score-function objective, plus the critic's error and the entropy bonus."""
@@ -107,11 +107,11 @@ class Reinforce:
         if batch.value_target is not None and evaluation.value is not None:
             value_error = squared_value_error(evaluation.value, batch.value_target)
             per_step = per_step + self.value_coefficient * value_error
-            metrics["value_loss"] = _mean(value_error, batch.mask)
+            metrics["value_loss"] = _mean(value_error, batch)
         if self.entropy_coefficient != 0.0:
             per_step = per_step - self.entropy_coefficient * evaluation.entropy
         metrics["policy_loss"] = -weighted_sum(objective.detach(), batch.weight)
-        metrics["entropy"] = _mean(evaluation.entropy, batch.mask)
+        metrics["entropy"] = _mean(evaluation.entropy, batch)
         return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
 
     def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
@@ -129,13 +129,20 @@ class Reinforce:
             "state weights": kept,
             "advantage scale": "standardised over the batch" if self.normalize_advantage else "none",
             "ratio": "none (score function)",
-            "value error": f"{self.value_coefficient} x 0.5 (V - target)^2" if self.passes.critic else "no critic",
+            "value error": self._describe_value_error(),
             "entropy bonus": str(self.entropy_coefficient),
             "reduction": "trajectory_sum: sum over steps, mean over trajectories",
             "passes": "1 step per batch of whole episodes",
         }
 
+    def _describe_value_error(self) -> str:
+        if not self.passes.critic:
+            return "no critic"
+        target = "reward to go" if self.psi == "baselined" else f"lambda-return(lambda={self.gae_lambda})"
+        return f"{self.value_coefficient} x 0.5 (V - target)^2; target = {target}"
 
-def _mean(value: Tensor, mask: Tensor) -> Tensor:
+
+def _mean(value: Tensor, batch: Batch) -> Tensor:
+    """The part of the mean over all chosen steps that the steps of this batch bring."""
     with torch.no_grad():
-        return value[mask].mean()
+        return value[batch.mask].sum() * (batch.share / max(int(batch.mask.sum()), 1))
