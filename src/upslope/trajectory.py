@@ -135,6 +135,7 @@ class Batch:
         behaviour_value: V_t when the data was collected, or None.
         behaviour_distribution: the distributions that acted, or None unless the algorithm asked for them.
         weight: w_t of the reduction, fixed for the whole optimiser step.
+        share: the part of the optimiser step's chosen steps that is in this batch: less than 1 in a micro-batch.
     """
 
     observation: Observation
@@ -146,6 +147,7 @@ class Batch:
     behaviour_value: Tensor | None
     behaviour_distribution: Distribution | None
     weight: Tensor
+    share: float = 1.0
 
 
 class Distribution(Protocol):

@@ -77,7 +77,7 @@ class FlatOptimizer:
             return norm
         self.skipped = 0
         limit = self.config.max_gradient_norm
-        if limit is not None and norm > limit:
+        if limit is not None and limit < norm + 1e-6:
             self.gradient.mul_(limit / (norm + 1e-6))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate

@@ -145,6 +145,11 @@ def _part(batch: Batch, part: int, parts: int) -> Batch:
     return _select(batch, slice(count * part // parts, count * (part + 1) // parts))
 
 
+def _micro_batch(batch: Batch, part: int, parts: int) -> Batch:
+    piece = _part(batch, part, parts)
+    return replace(piece, share=int(piece.mask.sum()) / int(batch.mask.sum()))
+
+
 def _select(batch: Batch, index: Tensor | slice) -> Batch:
     distribution = batch.behaviour_distribution
     chosen = _map(batch, lambda tensor: tensor[index])
@@ -181,7 +186,7 @@ def _step(
     parts = optimizer.config.micro_batches
     metrics: list[dict[str, Tensor]] = []
     for part in range(parts):
-        piece = minibatch if parts == 1 else _part(minibatch, part, parts)
+        piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts)
         loss = algorithm.loss(piece, policy.evaluate(piece), now)
         metrics.append(dict(loss.metrics))
         loss.value.backward()
