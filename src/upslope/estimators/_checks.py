@@ -7,8 +7,8 @@ from torch import Tensor
 def require_same_shape(name: str, reference: Tensor, *others: tuple[str, Tensor]) -> None:
     """Raise ValueError unless every tensor of `others` has the shape of `reference`, `[..., T]`."""
     shape = reference.shape
-    if not shape:
-        raise ValueError(f"{name} must have at least one axis, [..., T] with time last; got a scalar tensor")
+    if not shape or not shape[-1]:
+        raise ValueError(f"{name} must have shape [..., T] with time last and at least one step; got {tuple(shape)}")
     for other_name, other in others:
         if other.shape != shape:
             raise ValueError(f"{other_name} must have the shape of {name}, {tuple(shape)}; got {tuple(other.shape)}")

@@ -213,7 +213,7 @@ def _centre(total: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first[1:] = ordered[1:] != ordered[:-1]
     labels = ordered[first]
     index = torch.empty_like(order).scatter(0, order, first.cumsum(0) - 1)
-    sizes = torch.bincount(index)
+    sizes = torch.bincount(index).to(torch.float64)
     alone = labels[sizes == 1]
     if alone.numel():
         raise ValueError(

@@ -104,13 +104,14 @@ def conjugate_gradient(
         raise ValueError(f"b must be a flat vector [P]; got shape {tuple(b.shape)}")
     if iterations < 1 or tolerance < 0:
         raise ValueError(f"iterations must be at least 1 and tolerance at least 0; got {iterations} and {tolerance}")
-    x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
+    x, residual = torch.zeros_like(b), b.detach().clone()
+    direction = residual.clone()
     squared = float(residual.dot(residual))
     enough = tolerance * squared
     for _ in range(iterations):
         if squared <= enough:
             break
-        image = matvec(direction)
+        image = matvec(direction).detach()
         curvature = float(direction.dot(image))
         if curvature <= 0.0:
             break
@@ -137,7 +138,7 @@ def trust_region_scale(direction: Tensor, image: Tensor, *, max_divergence: floa
     """
     if max_divergence <= 0:
         raise ValueError(f"max_divergence must be positive; got {max_divergence}")
-    curvature = float(direction.dot(image))
+    curvature = float(direction.detach().dot(image.detach()))
     return math.sqrt(2.0 * max_divergence / curvature) if curvature > 0.0 else 0.0
 
 
