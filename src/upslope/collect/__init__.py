@@ -13,6 +13,7 @@ from upslope.collect.evaluation import EvaluationResult as EvaluationResult
 from upslope.collect.evaluation import evaluate_policy as evaluate_policy
 from upslope.collect.make import EnvironmentConfig as EnvironmentConfig
 from upslope.collect.make import Resolution as Resolution
+from upslope.collect.make import Source as Source
 from upslope.collect.make import environment_factory as environment_factory
 from upslope.collect.make import make_environments as make_environments
 from upslope.collect.make import resolve_environments as resolve_environments

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from upslope.collect import EnvironmentConfig, evaluate_policy, make_environments
+from upslope.collect import EnvironmentConfig, Source, evaluate_policy, make_environments
 from upslope.collect.vector import VectorEnvironment
 from upslope.policies import ActorCritic
-from upslope.streams import Purpose
 from upslope.train.config_file import read_run
 from upslope.train.saving import load
 
@@ -43,11 +42,17 @@ class Evaluator:
         environment: as in training, but always stepped in this process.
         environments: how many side by side.
         seed: of the run; evaluation draws from streams of its own and never disturbs training.
+        source: a function that makes an environment, in place of the id.
     """
 
-    def __init__(self, environment: EnvironmentConfig, *, environments: int, seed: int) -> None:
-        self._config = replace(environment, count=environments, vectorization="sync", truncation="bootstrap")
+    def __init__(
+        self, environment: EnvironmentConfig, *, environments: int, seed: int, source: Source | None = None
+    ) -> None:
+        self._config = replace(
+            environment, count=environments, vectorization="sync", resume="rebuild", truncation="bootstrap"
+        )
         self._seed = seed
+        self._source = source
         self._environments: VectorEnvironment | None = None
 
     def evaluate(self, policy: ActorCritic, *, episodes: int, index: int) -> EvaluationReport:
@@ -58,18 +63,11 @@ class Evaluator:
             episodes: for each way to act; at least as many as there are environments are played.
             index: which evaluation of the run this is; decides the starts.
         """
-        if self._environments is None:
-            self._environments = make_environments(
-                self._config, seed=self._seed, purpose=Purpose.EVALUATION_ENVIRONMENT
-            )
+        environments = self._environments or make_environments(self._config, self._source)
+        self._environments = environments
         mode, sampled = (
             evaluate_policy(
-                policy,
-                self._environments,
-                episodes=episodes,
-                seed=self._seed,
-                update=index,
-                deterministic=deterministic,
+                policy, environments, episodes=episodes, seed=self._seed, update=index, deterministic=deterministic
             )
             for deterministic in (True, False)
         )

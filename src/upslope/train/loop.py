@@ -20,9 +20,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from upslope.collect import EnvironmentFailureError, NonFiniteError, make_environments
+from upslope.collect import EnvironmentFailureError, NonFiniteError, Source, make_environments, resolve_environments
 from upslope.policies import ActorCritic
-from upslope.streams import Purpose
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
 from upslope.train.config import Run
 from upslope.train.config_file import config_to_tree, differences, read_run
@@ -83,7 +82,8 @@ class Result:
 def train(
     run: Run,
     *,
-    environments: Any = None,
+    environments: Source | None = None,
+    evaluation_environments: Source | None = None,
     encoder: nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
@@ -91,8 +91,10 @@ def train(
 
     Args:
         run: the configuration, for example `upslope.recipes.cartpole_ppo()`.
-        environments: an environment instance, a factory, or a Gymnasium VectorEnv to use instead of
-            `run.environment.id`.
+        environments: what to train in instead of `run.environment.id`: a function that makes an environment, an
+            environment, or a Gymnasium VectorEnv.
+        evaluation_environments: a function that makes an environment to evaluate in; needed where `environments` is
+            an object, of which no second one can be made, unless the run never evaluates.
         encoder: a module of the user's own to read observations with.
         callbacks: called after every update.
 
@@ -104,20 +106,15 @@ def train(
         ValueError: if environment, spaces or settings do not go together.
     """
     with _threads(run.threads):
-        vector = make_environments(
-            run.environment if environments is None else environments,
-            run.environment,
-            seed=run.seed,
-            purpose=Purpose.ENVIRONMENT,
-        )
-        run = replace(run, environment=replace(run.environment, vectorization=_choice(run, vector.vectorization)))
-        session = Session(run, vector, encoder=encoder)
-        try:
-            with _new_directory(run) as directory:
-                write_file_atomically(directory.config_path, _config_file(run, session))
-                return _Training(session, directory, callbacks).finish()
-        finally:
-            session.close()
+        given = _Given(environments, evaluation_environments, encoder, callbacks)
+        if environments is not None:
+            run = replace(run, environment=replace(run.environment, id=_given_id(environments)))
+        resolution = resolve_environments(run.environment, environments)
+        run = replace(run, environment=resolution.config)
+        evaluator = _evaluator(run, given)
+        with _session(run, given) as session, _new_directory(run) as directory:
+            write_file_atomically(directory.config_path, _config_file(run))
+            return _Training(session, directory, evaluator, given.callbacks, notes=resolution.notes).finish()
 
 
 def resume(
@@ -125,7 +122,8 @@ def resume(
     *,
     run: Run | None = None,
     steps: int | None = None,
-    environments: Any = None,
+    environments: Source | None = None,
+    evaluation_environments: Source | None = None,
     encoder: nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
@@ -135,7 +133,7 @@ def resume(
         directory: the run directory.
         run: its configuration, needed only where the recipe uses classes of the user's own.
         steps: a new total of environment steps.
-        environments, encoder, callbacks: as given to `train`.
+        environments, evaluation_environments, encoder, callbacks: as given to `train`.
 
     Raises:
         RunDirectoryError: if there is no run there or it is in use.
@@ -146,22 +144,69 @@ def resume(
         run = read_run(directory) if run is None else _same(run, directory)
         if steps is not None:
             run = replace(run, steps=steps)
-        with _threads(run.threads):
-            source = run.environment if environments is None else environments
-            vector = make_environments(source, run.environment, seed=run.seed, purpose=Purpose.ENVIRONMENT)
-            session = Session(run, vector, encoder=encoder)
-            try:
-                training = _Training(session, opened, callbacks, resumed=True)
-                return training.finish()
-            finally:
-                session.close()
+        if environments is None and run.environment.id.startswith(_GIVEN):
+            raise ResumeError(
+                "this run was trained in an environment that was passed as an object or a function: pass it again, "
+                f"upslope.resume({str(directory)!r}, environments=...)"
+            )
+        given = _Given(environments, evaluation_environments, encoder, callbacks)
+        with _threads(run.threads), _session(run, given) as session:
+            return _Training(session, opened, _evaluator(run, given), given.callbacks, resumed=True).finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a configuration cannot hold."""
+
+    environments: Source | None
+    evaluation_environments: Source | None
+    encoder: nn.Module | None
+    callbacks: Sequence[Callback]
+
+
+_GIVEN = "given:"
+
+
+def _given_id(source: Source) -> str:
+    name = getattr(source, "__name__", type(source).__name__)
+    return f"{_GIVEN}{name}"
+
+
+@contextmanager
+def _session(run: Run, given: _Given) -> Iterator[Session]:
+    session = Session(run, make_environments(run.environment, given.environments), encoder=given.encoder)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def _evaluator(run: Run, given: _Given) -> Evaluator:
+    source = given.evaluation_environments
+    if source is None and given.environments is not None:
+        if not isinstance(given.environments, Callable):
+            if run.evaluation.times or run.evaluation.final_episodes:
+                raise ValueError(
+                    "an environment passed as an object cannot be evaluated on separately: pass a function that makes "
+                    "one, or evaluation_environments, or EvaluationConfig(times=0, final_episodes=0) to go without"
+                )
+        else:
+            source = given.environments
+    return Evaluator(run.environment, environments=run.evaluation.environments, seed=run.seed, source=source)
 
 
 class _Training:
     """One run being trained: its session, directory, log, evaluator and checkpoints."""
 
     def __init__(
-        self, session: Session, directory: RunDirectory, callbacks: Sequence[Callback], *, resumed: bool = False
+        self,
+        session: Session,
+        directory: RunDirectory,
+        evaluator: Evaluator,
+        callbacks: Sequence[Callback],
+        *,
+        resumed: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         run = session.run
         self.session = session
@@ -169,8 +214,10 @@ class _Training:
         self.callbacks = callbacks
         self.best = float("-inf")
         self.failed_saves = 0
-        self.evaluator = Evaluator(run.environment, environments=run.evaluation.environments, seed=run.seed)
+        self.evaluator = evaluator
         self.display = ProgressDisplay(run.steps, enabled=run.log.progress, title=directory.name)
+        for note in notes:
+            self.display.message(note)
         cursor = self._restore() if resumed else None
         self.log = MetricsLog(
             directory.metrics_path,
@@ -206,7 +253,7 @@ class _Training:
                     wished = self._update()
                 interrupted = stop.is_set() and session.steps < run.steps and not wished
                 evaluation = None
-                if not interrupted:
+                if not interrupted and run.evaluation.final_episodes:
                     evaluation = self._evaluate(run.evaluation.final_episodes, final=True)
                 self._save(scheduled=False)
             finally:
@@ -318,10 +365,6 @@ def _crossed(before: int, after: int, total: int, times: int) -> bool:
     return times > 0 and before * times // total != after * times // total
 
 
-def _choice(run: Run, resolved: str) -> Any:
-    return resolved if resolved in ("sync", "async", "native") else run.environment.vectorization
-
-
 @contextmanager
 def _new_directory(run: Run) -> Iterator[RunDirectory]:
     if run.name is None:
@@ -332,12 +375,11 @@ def _new_directory(run: Run) -> Iterator[RunDirectory]:
         yield directory
 
 
-def _config_file(run: Run, session: Session) -> bytes:
+def _config_file(run: Run) -> bytes:
     packages = ("upslope", "torch", "numpy", "gymnasium", "safetensors")
     tree = {
         "run": config_to_tree(run),
         "estimator": dict(run.algorithm.describe()),
-        "resume": session.collector.environments.resume,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
     return (json.dumps(tree, indent=2) + "\n").encode()
@@ -346,14 +388,14 @@ def _config_file(run: Run, session: Session) -> bytes:
 def _same(run: Run, directory: Path) -> Run:
     """The given configuration, if it differs from the recorded one only in what may change."""
     recorded = json.loads((directory / "config.json").read_text("utf-8"))["run"]
+    settled = {name: recorded["environment"][name] for name in ("id", "vectorization", "resume")}
+    run = replace(run, environment=replace(run.environment, **settled))
     given = json.loads(json.dumps(config_to_tree(run)))
-    given["environment"]["vectorization"] = recorded["environment"]["vectorization"]
     changed = {name: pair for name, pair in differences(recorded, given).items() if not name.startswith(_MAY_CHANGE)}
     if changed:
         listed = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
         raise ResumeError(f"the configuration is not the one the run was started with ({listed}); start a new run")
-    vectorization = recorded["environment"]["vectorization"]
-    return replace(run, environment=replace(run.environment, vectorization=vectorization))
+    return run
 
 
 @contextmanager
