@@ -72,17 +72,17 @@ def evaluate_policy(
     Args:
         policy: to be judged; its normalisers are used as they are and not updated.
         environments: to judge it in, not those it trains in.
-        episodes: how many, over all environments.
+        episodes: how many, over all environments; at least one of each is played.
         seed: of the run; environments and actions get streams of their own.
         deterministic: the most likely action instead of a sampled one.
         update: which of the run's evaluations this is: each has its own random numbers.
 
     Raises:
-        ValueError: if there are fewer episodes than environments, or episodes do not end.
+        ValueError: if episodes do not end.
         NonFiniteError: if a reward is NaN or infinite.
     """
     count = environments.num_envs
-    quota = episode_quota(episodes, count)
+    quota = episode_quota(max(episodes, count), count)
     observation = environments.reset(environment_seeds(seed, Purpose.EVALUATION_ENVIRONMENT, 0, update, count))
     sampler = policy.sampler()
     generator = stream(seed, Purpose.EVALUATION_ACTION, 0, update)

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -21,9 +22,12 @@ from upslope.collect.resume import resume_problem
 from upslope.collect.rollout import Truncation
 from upslope.collect.vector import Factory, Resume, SyncEnvironments, VectorEnvironment
 from upslope.collect.workers import AsyncEnvironments, available_cores
+from upslope.streams import Purpose, derived_seed
 
-Source: TypeAlias = gymnasium.Env[Any, Any] | Factory | VectorEnv[Any, Any, Any]
-"""What may stand in place of an id: an environment, a function that makes one, or a vector environment."""
+_Object: TypeAlias = gymnasium.Env[Any, Any] | Factory | VectorEnv[Any, Any, Any]
+
+_SWIG = "builtin type [Ss]wig.* has no __module__ attribute"
+"""Box2D warns of this while it is imported, and crashes the interpreter where warnings are errors."""
 
 _EXTRAS = {"box2d": "box2d", "mujoco": "mujoco", "ale_py": "atari", "ale": "atari", "classic_control": "classic"}
 
@@ -67,77 +71,109 @@ class Resolution:
     notes: tuple[str, ...]
 
 
-def resolve_environments(config: EnvironmentConfig, source: Source | None = None) -> Resolution:
+Source: TypeAlias = EnvironmentConfig | str | _Object
+"""Where environments come from: a config, a Gymnasium id, an environment, a function that makes one, a VectorEnv."""
+
+
+def resolve_environments(
+    source: Source, config: EnvironmentConfig | None = None, *, seed: int = 0, purpose: Purpose = Purpose.ENVIRONMENT
+) -> Resolution:
     """Settle what the config leaves open, by measuring and trying.
 
     - `vectorization="auto"`: the environment's own if it has one that is at least twice as fast at this count; worker
       processes if there are several cores and a step of all environments would gain from them; else this process.
     - `resume="auto"`: snapshots if restoring one into fresh environments goes on the same to the last bit.
 
+    Args:
+        source: where environments come from.
+        config: all other settings, if the source is not a config.
+        seed, purpose: of the random numbers for the trial steps.
+
     Raises:
         UnknownEnvironmentError: if there is no such environment, or its package is missing.
         ValueError: if `resume="snapshot"` is asked of environments that cannot be snapshotted.
     """
+    thing, config = _settled(source, config)
     notes: list[str] = []
-    if config.vectorization == "auto" and not isinstance(source, VectorEnv):
-        choice, why = _fastest(config, source)
+    start = derived_seed(seed, purpose) >> 32
+    if config.vectorization == "auto" and not isinstance(thing, VectorEnv):
+        choice, why = _fastest(config, thing, start)
         config = dataclasses.replace(config, vectorization=choice)
         notes.append(f"environments are stepped {choice}: {why}")
     if config.resume != "rebuild":
-        problem = _resume_problem(config, source)
+        problem = _resume_problem(config, thing, start)
         if problem is not None and config.resume == "snapshot":
             raise ValueError(f"resume='snapshot' is not possible: {problem}. Use resume='rebuild'")
         if problem is not None:
-            notes.append(
-                f"environments are made anew at every checkpoint, open episodes are truncated there: {problem}"
-            )
+            notes.append(f"at every checkpoint environments are made anew and open episodes truncated: {problem}")
         config = dataclasses.replace(config, resume="snapshot" if problem is None else "rebuild")
     return Resolution(config=config, notes=tuple(notes))
 
 
 def make_environments(
-    config: EnvironmentConfig,
-    source: Source | None = None,
+    source: Source,
+    config: EnvironmentConfig | None = None,
     *,
     count: int | None = None,
     render_mode: str | None = None,
+    seed: int = 0,
+    purpose: Purpose = Purpose.ENVIRONMENT,
 ) -> VectorEnvironment:
-    """Environments ready to be stepped.
+    """Environments ready to be reset and stepped.
 
     Args:
-        config: which; what it leaves open is settled first (see `resolve_environments`).
-        source: in place of `config.id`: an environment, a function that makes one, or a vector environment.
-        count: in place of `config.count`, for evaluation.
+        source: where environments come from.
+        config: all other settings, if the source is not a config; what it leaves open is settled first (see
+            `resolve_environments`). Environments for `Purpose.EVALUATION_ENVIRONMENT` are not snapshotted.
+        count: in place of `config.count`.
         render_mode: Gymnasium's; environments that are shown are stepped in this process.
+        seed, purpose: of the random numbers for the trial steps; the collector brings its own.
 
     Raises:
         UnknownEnvironmentError: if there is no such environment, or its package is missing.
         UnsupportedSpaceError: if no policy of ours can see or act in it.
+        UnsupportedAutoresetError: if a vector environment does not say how it resets.
         ValueError: if what is asked for does not fit the source.
     """
+    thing, config = _settled(source, config)
     if count is not None:
         config = dataclasses.replace(config, count=count)
     if render_mode is not None:
         config = dataclasses.replace(config, vectorization="sync", resume="rebuild")
-    config = resolve_environments(config, source).config
-    resume: Resume = "snapshot" if config.resume == "snapshot" else "rebuild"
-    if isinstance(source, VectorEnv):
-        return GymnasiumVector(source, resume=resume)
+    if purpose is Purpose.EVALUATION_ENVIRONMENT:
+        config = dataclasses.replace(config, resume="rebuild")
     if config.count < 1:
         raise ValueError(f"count is the number of environments and at least 1, got {config.count}")
-    if isinstance(source, gymnasium.Env):
+    if "auto" in (config.vectorization, config.resume):
+        config = resolve_environments(thing or config, config, seed=seed, purpose=purpose).config
+    resume: Resume = "snapshot" if config.resume == "snapshot" else "rebuild"
+    if isinstance(thing, VectorEnv):
+        return GymnasiumVector(thing, resume=resume)
+    if isinstance(thing, gymnasium.Env):
         if config.count != 1 or config.vectorization != "sync":
             raise ValueError(
                 f"one environment cannot be stepped as {config.count} ({config.vectorization}); pass a function that "
                 "makes one instead, for example lambda: MyEnv()"
             )
-        return SyncEnvironments([_factory(config, source, None)], resume=resume, remake=False)
+        return SyncEnvironments([_factory(config, thing, None)], resume=resume, remake=False)
     if config.vectorization == "native":
-        return _native(config, source, resume)
-    factories = [_factory(config, source, render_mode)] * config.count
+        return _native(config, thing, resume)
+    factories = [_factory(config, thing, render_mode)] * config.count
     if config.vectorization == "async":
         return AsyncEnvironments(factories, deadline=config.deadline, processes=config.processes, resume=resume)
     return SyncEnvironments(factories, resume=resume)
+
+
+def _settled(source: Source, config: EnvironmentConfig | None) -> tuple[_Object | None, EnvironmentConfig]:
+    """The object to use in place of an id, if any, and the config."""
+    if isinstance(source, EnvironmentConfig):
+        return None, source
+    config = config or EnvironmentConfig()
+    if isinstance(source, str):
+        return None, dataclasses.replace(config, id=source)
+    if isinstance(source, VectorEnv):
+        return source, dataclasses.replace(config, count=source.num_envs)
+    return source, config
 
 
 def environment_factory(config: EnvironmentConfig, *, render_mode: str | None = None) -> Factory:
@@ -187,7 +223,9 @@ def _explained(name: str, make: Callable[[], Any]) -> Any:
     try:
         if name.startswith("ALE/"):
             gymnasium.register_envs(importlib.import_module("ale_py"))
-        return make()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _SWIG, DeprecationWarning)
+            return make()
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as error:
         close = difflib.get_close_matches(name, list(gymnasium.registry), n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -195,7 +233,9 @@ def _explained(name: str, make: Callable[[], Any]) -> Any:
             f"there is no environment {name!r} ({error}).{hint} gymnasium.pprint_registry() lists those installed; one "
             "of your own package is written package:Name-v0"
         ) from error
-    except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
+    except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
+        if not isinstance(error, gymnasium.error.DependencyNotInstalled | ModuleNotFoundError):
+            raise UnknownEnvironmentError(f"{name} cannot be made: {error}") from error
         specification = gymnasium.registry.get(name)
         entry = "ale_py" if name.startswith("ALE/") else str(specification.entry_point if specification else "")
         extra = next((extra for word, extra in _EXTRAS.items() if word in entry), None)
@@ -228,28 +268,28 @@ def has_native(config: EnvironmentConfig) -> bool:
     return specification is not None and specification.vector_entry_point is not None and config.preprocessing == "none"
 
 
-def _resume_problem(config: EnvironmentConfig, source: Source | None) -> str | None:
+def _resume_problem(config: EnvironmentConfig, source: _Object | None, seed: int) -> str | None:
     if isinstance(source, gymnasium.Env | VectorEnv):
         return "they were passed as objects, and no second one can be made to try a snapshot on; pass a function"
     if config.vectorization == "native":
-        return resume_problem(lambda: _native(config, source, "snapshot"))
-    return resume_problem(lambda: SyncEnvironments([_factory(config, source, None)], resume="snapshot"))
+        return resume_problem(lambda: _native(config, source, "snapshot"), seed=seed)
+    return resume_problem(lambda: SyncEnvironments([_factory(config, source, None)], resume="snapshot"), seed=seed)
 
 
 def _fastest(
-    config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None
+    config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None, seed: int
 ) -> tuple[Literal["sync", "async", "native"], str]:
     if isinstance(source, gymnasium.Env):
         return "sync", "it was passed as one object"
     single = SyncEnvironments([_factory(config, source, None)])
-    together = config.count * _seconds_per_step(single)
+    together = config.count * _seconds_per_step(single, seed)
     if source is None and config.count > 1 and has_native(config):
-        native = _seconds_per_step(_native(config, None, "rebuild"))
+        native = _seconds_per_step(_native(config, None, "rebuild"), seed)
         if 2 * native < together:
             return "native", f"{native * 1e6:.0f} us a step against {together * 1e6:.0f} us one by one"
     cores = min(available_cores(), config.processes or config.count, config.count)
     shared = together / cores + _WORKER_OVERHEAD * cores
-    if cores > 1 and 1.3 * shared < together:
+    if cores > 1 and 1.5 * shared < together:
         return "async", f"about {shared * 1e6:.0f} us a step in {cores} processes against {together * 1e6:.0f} us"
     return "sync", f"{together * 1e6:.0f} us a step"
 
@@ -258,10 +298,10 @@ _WORKER_OVERHEAD = 60e-6
 """Seconds that waking one worker and hearing from it costs, measured."""
 
 
-def _seconds_per_step(environments: VectorEnvironment, *, budget: float = 0.1) -> float:
+def _seconds_per_step(environments: VectorEnvironment, seed: int, *, budget: float = 0.1) -> float:
     """Median over a few steps of random actions, in no more than `budget` seconds after the first step."""
-    generator = np.random.default_rng(0)
-    environments.reset(range(environments.num_envs))
+    generator = np.random.default_rng(seed)
+    environments.reset([seed] * environments.num_envs)
     environments.step(random_action(environments.action_space, generator, environments.num_envs))
     taken: list[float] = []
     while len(taken) < 3 or (len(taken) < 100 and sum(taken) < budget):

@@ -11,7 +11,7 @@ from upslope.collect.actions import random_action
 from upslope.collect.vector import VectorEnvironment
 
 
-def resume_problem(make: Callable[[], VectorEnvironment], *, steps: int = 20) -> str | None:
+def resume_problem(make: Callable[[], VectorEnvironment], *, seed: int = 0, steps: int = 20) -> str | None:
     """Why snapshots of these environments do not hold, or None if they do.
 
     Some environments take a few steps, are snapshotted and go on; fresh ones get the snapshot and the same actions.
@@ -19,17 +19,18 @@ def resume_problem(make: Callable[[], VectorEnvironment], *, steps: int = 20) ->
 
     Args:
         make: makes the environments to be tried; called twice.
+        seed: of starts and actions.
         steps: how far the two are followed.
     """
     first, second = make(), make()
     try:
-        generator = np.random.default_rng(0)
+        generator = np.random.default_rng(seed)
         actions = [random_action(first.action_space, generator, first.num_envs) for _ in range(7 + steps)]
-        first.reset(range(first.num_envs))
+        first.reset([seed] * first.num_envs)
         _walk(first, actions[:7])
         tree = first.snapshot()
         expected = _walk(first, actions[7:])
-        second.reset(range(1000, 1000 + second.num_envs))
+        second.reset([seed + 1] * second.num_envs)
         second.restore(tree)
         if expected != _walk(second, actions[7:]):
             return "an environment restored from a snapshot went on differently"
