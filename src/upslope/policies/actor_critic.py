@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from upslope.policies.config import ActorCriticConfig, build_head, config_from_tree
 from upslope.policies.distributions import HeadDistribution
-from upslope.policies.networks import MLP, build_encoder, is_vector_only
+from upslope.policies.networks import MLP, build_encoder, forward_pair, is_vector_only
 from upslope.policies.normalizer import ObservationNormalizer, RewardNormalizer
 from upslope.policies.raw import read_observation
 from upslope.policies.sampler import ActorSampler
@@ -116,10 +116,8 @@ class ActorCritic(nn.Module):
         shape = self._steps(steps.action)
         observation, action = self._flat(steps.observation, steps.action, shape)
         observation = self._normalized(observation)
-        features = self._shared_features(observation)
-        parameters = self.actor(features)
+        parameters, value = self._outputs(observation)
         log_prob, entropy = self.head.log_prob_and_entropy(parameters, action)
-        value = self._value(observation, features) if self.critic is not None else None
         if len(shape) != 1:
             log_prob, entropy, parameters = log_prob.view(shape), entropy.view(shape), parameters.view(*shape, -1)
             value = None if value is None else value.view(shape)
@@ -145,7 +143,8 @@ class ActorCritic(nn.Module):
         else:
             together = torch.cat([observation, cast("Tensor", final)])
         together = self._normalized(together)
-        value = self._value(together, None)
+        features = self._shared_features(together) if self.critic_encoder is None else self.critic_encoder(together)
+        value = self.critic(features).view(-1)
         count = trajectory.reward.numel()
         present = value[:count].view(shape)
         return present, trajectory.next_value(present, value[count:])
@@ -163,14 +162,16 @@ class ActorCritic(nn.Module):
         features = self.encoder(observation)
         return features if self.torso is None else self.torso(features)
 
-    def _value(self, observation: Observation, features: Tensor | None) -> Tensor:
-        """[M] from normalised observations; from the actor's features, where they serve both."""
-        assert self.critic is not None
-        if self.critic_encoder is not None:
-            features = self.critic_encoder(observation)
-        elif features is None:
-            features = self._shared_features(observation)
-        return self.critic(features).view(-1)
+    def _outputs(self, observation: Observation) -> tuple[Tensor, Tensor | None]:
+        """Parameters [M, P] and values [M], for normalised observations."""
+        features = self._shared_features(observation)
+        if self.critic is None:
+            return self.actor(features), None
+        if self.critic_encoder is None:
+            parameters, value = forward_pair(self.actor, self.critic, features)
+        else:
+            parameters, value = self.actor(features), self.critic(self.critic_encoder(observation))
+        return parameters, value.view(-1)
 
     def _normalized(self, observation: Observation) -> Observation:
         return observation if self.observation_normalizer is None else self.observation_normalizer(observation)

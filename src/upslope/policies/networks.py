@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upslope.policies.fused import ACTIVATIONS, mlp
+from upslope.policies.fused import Layout, activate, append_constant, mlps
 from upslope.spaces import Box, Composite, Discrete, Leaf, MultiDiscrete, Space
 from upslope.trajectory import Observation, ObservationArrays
 
@@ -96,14 +96,28 @@ class MLP(nn.Module):
                 if self.constant is not None:
                     self.constant.add_(torch.tensor(output_bias[outputs:]))
 
+        self.layout = Layout(activation, self.torso, 2 * len(layers) + bool(constant), bool(constant))
+
+    def tensors(self) -> list[Tensor]:
+        """Weight, bias, weight, bias ... and the constant outputs, if any: the order of `Layout`."""
+        found: list[Tensor] = []
+        for layer in cast("list[nn.Linear]", self.layers):
+            found += (layer.weight, layer.bias)
+        if self.constant is not None:
+            found.append(self.constant)
+        return found
+
     def forward(self, features: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs + constant]."""
         flat = features if features.ndim == 2 else features.reshape(-1, features.shape[-1])
-        parameters: list[Tensor] = []
-        for layer in cast("list[nn.Linear]", self.layers):
-            parameters += (layer.weight, layer.bias)
-        output = mlp(flat, self.activation, self.torso, self.constant, *parameters)
+        (output,) = mlps(flat, (self.layout,), *self.tensors())
         return output if features.ndim == 2 else output.view(*features.shape[:-1], -1)
+
+
+def forward_pair(first: MLP, second: MLP, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Two perceptrons on the same features [M, F], as one autograd node on the CPU."""
+    outputs = mlps(features, (first.layout, second.layout), *first.tensors(), *second.tensors())
+    return outputs[0], outputs[1]
 
 
 class LeanMLP:
@@ -128,24 +142,11 @@ class LeanMLP:
         for weight, bias in self._hidden:
             features = np.dot(features, weight)
             features += bias
-            self._activate(features)
+            activate(self._activation, features)
         if self._last is not None:
             features = np.dot(features, self._last[0])
             features += self._last[1]
-        if self._constant is not None:
-            output = np.empty((len(features), features.shape[1] + len(self._constant)), dtype=features.dtype)
-            output[:, : features.shape[1]] = features
-            output[:, features.shape[1] :] = self._constant
-            return output
-        return features
-
-    def _activate(self, array: np.ndarray) -> None:
-        if self._activation == "tanh":
-            np.tanh(array, out=array)
-        elif self._activation == "relu":
-            np.maximum(array, 0.0, out=array)
-        else:
-            array[...] = ACTIVATIONS[self._activation](torch.from_numpy(array)).numpy()
+        return features if self._constant is None else append_constant(features, self._constant)
 
 
 # --- encoders --------------------------------------------------------------------------------------------------------
