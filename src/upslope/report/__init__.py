@@ -1,5 +1,6 @@
 """From run directories to what people look at: comparisons over seeds, tables and learning curves."""
 
+from upslope.report.compare import DEFAULT_METRIC as DEFAULT_METRIC
 from upslope.report.compare import Comparison as Comparison
 from upslope.report.compare import Group as Group
 from upslope.report.compare import RunCurve as RunCurve

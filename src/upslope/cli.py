@@ -1,0 +1,364 @@
+"""The command line: read what was asked, build it, run it. Settings are those of the dataclasses, by tyro.
+
+Exit codes: 0 done, 75 interrupted and saved, 2 for input that cannot be used. Whatever is slow to import is imported
+by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import dis
+import errno
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tyro.conf import Positional
+
+from upslope.options import configure, parse
+
+if TYPE_CHECKING:
+    from upslope.train import Result, Run
+
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 75
+_KILLED = 130
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing:
+    """Takes nothing more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Go on with a run from its newest whole checkpoint, exactly as if it had never stopped."""
+
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Its directory."""
+    steps: int | None = None
+    """A new total of environment steps; `1e6` may be written."""
+    recipe: str | None = None
+    """The recipe that made it, path/to/file.py:function; needed only where that uses classes of your own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Play episodes with the policy a run saved: most likely actions, then sampled ones, on raw rewards."""
+
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Its directory."""
+    episodes: int = 100
+    """Episodes for each of the two ways to act."""
+    seed: int = 0
+    """Decides where episodes start and what is sampled."""
+    best: bool = False
+    """Take the policy that was best in evaluation during the run, not the last one."""
+    render: bool = False
+    """Watch an episode in a window."""
+    video: bool = False
+    """Record an episode into the run directory (needs `pip install 'upslope[video]'`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare runs: those that differ by their seed alone form a group, with interquartile mean and interval."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
+    """Run directories."""
+    metric: str | None = None
+    """A name from metrics.jsonl; the mean evaluation return with the most likely actions if not given."""
+    out: Path | None = None
+    """Draw the learning curves here (.png, .svg or .pdf)."""
+    json: Path | None = None
+    """Write the figures here."""
+    title: str | None = None
+    """Above the picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckEnvironment:
+    """Check that an environment keeps the promises that training relies on."""
+
+    id: Annotated[Positional[str], tyro.conf.arg(metavar="ID")]
+    """A Gymnasium id."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `upslope` command.
+
+    Args:
+        argv: arguments without the program's name; those of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _overview()
+        return DONE
+    name, *rest = arguments
+    try:
+        if name not in _COMMANDS:
+            raise ValueError(f"there is no command {name!r}; {_close(name, _COMMANDS)}")
+        return _COMMANDS[name].act(rest)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else BAD_INPUT
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return _KILLED
+    except Exception as error:
+        if not _refused(error):
+            raise
+        _complain(" ".join([str(error), *getattr(error, "__notes__", [])]))
+        return BAD_INPUT
+
+
+def _train(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_TRAIN_HELP)
+        return DONE
+    recipe, run = _configured(arguments, "train")
+    from upslope.train import train
+
+    start = time.monotonic()
+    result = train(run)
+    own_name = any(word.startswith(("--seed", "--name")) for word in arguments)
+    another = None if own_name else shlex.join(["upslope", "train", *arguments, "--seed", str(run.seed + 1)])
+    return _conclude(result, run, time.monotonic() - start, recipe, another=another)
+
+
+def _recipes(arguments: list[str]) -> int:
+    parse(Nothing, arguments, program="upslope recipes")
+    from upslope.recipes import RECIPES
+    from upslope.report.terminal import recipes_table
+
+    console = Console()
+    rows = [(name, function(), _first_line(function.__doc__)) for name, function in RECIPES.items()]
+    console.print(recipes_table(rows, wide=console.width >= 150))
+    return DONE
+
+
+def _resume(arguments: list[str]) -> int:
+    command = parse(Resume, arguments, program="upslope resume")
+    from upslope.recipes import load_recipe
+    from upslope.train import resume
+    from upslope.train.config_file import read_run
+
+    given = None if command.recipe is None else load_recipe(command.recipe)
+    run = read_run(command.run) if given is None else given
+    start = time.monotonic()
+    result = resume(command.run, run=given, steps=command.steps)
+    if command.steps is not None:
+        run = dataclasses.replace(run, steps=command.steps)
+    return _conclude(result, run, time.monotonic() - start, command.recipe, total=command.steps)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    command = parse(Evaluate, arguments, program="upslope evaluate")
+    from upslope.report.terminal import evaluation_table
+    from upslope.train import evaluate_run
+
+    report = evaluate_run(command.run, episodes=command.episodes, seed=command.seed, best=command.best)
+    Console().print(evaluation_table(report))
+    return DONE
+
+
+def _describe(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_DESCRIBE_HELP)
+        return DONE
+    from upslope.report.terminal import default_settings, estimator_table, settings_table
+    from upslope.train.config_file import config_to_tree
+
+    if arguments and Path(arguments[0]).is_dir():
+        directory = Path(arguments[0])
+        parse(Nothing, arguments[1:], program=f"upslope describe {arguments[0]}")
+        tree, estimator, defaults = _recorded(directory)
+    else:
+        _, run = _configured(arguments, "describe")
+        tree, estimator, defaults = config_to_tree(run), run.algorithm.describe(), default_settings(run)
+    console = Console()
+    console.print(Text(tree["recipe"], style="bold cyan"), "on", Text(tree["environment"]["id"]), highlight=False)
+    console.print()
+    console.print(estimator_table(estimator))
+    console.print()
+    console.print(settings_table(tree, defaults))
+    return DONE
+
+
+def _compare(arguments: list[str]) -> int:
+    command = parse(Compare, arguments, program="upslope compare")
+    from upslope.report import DEFAULT_METRIC, compare, draw
+
+    comparison = compare(command.runs, metric=command.metric or DEFAULT_METRIC)
+    console = Console()
+    console.print(comparison.table())
+    if command.json is not None:
+        command.json.parent.mkdir(parents=True, exist_ok=True)
+        command.json.write_text(json.dumps(comparison.tree(), indent=2) + "\n", "utf-8")
+        _say(console, f"figures: {command.json}")
+    if command.out is not None:
+        _say(console, f"picture: {draw(comparison, command.out, title=command.title)}")
+    return DONE
+
+
+def _check_environment(arguments: list[str]) -> int:
+    command = parse(CheckEnvironment, arguments, program="upslope check-env")
+    from upslope.collect import check_environment
+
+    Console().print(str(check_environment(command.id)))
+    return DONE
+
+
+def _configured(arguments: list[str], command: str) -> tuple[str, Run]:
+    """A recipe's name and its configuration after the settings given behind it."""
+    from upslope.recipes import load_recipe
+    from upslope.report.terminal import default_settings
+
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(
+            f"name a recipe first, for example `upslope {command} cartpole-ppo`; `upslope recipes` lists them"
+        )
+    name, *settings = arguments
+    run = load_recipe(name)
+    if ":" in name and run.recipe == default_settings(run)["recipe"]:
+        run = dataclasses.replace(run, recipe=name)
+    return name, configure(run, settings, program=f"upslope {command} {name}")
+
+
+def _recorded(directory: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """A run's configuration tree, its estimator, and defaults where all its classes are ours."""
+    from upslope.report.terminal import default_settings
+    from upslope.train.config_file import ConfigError, read_run
+
+    path = directory / "config.json"
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        tree, estimator = record["run"], record["estimator"]
+    except FileNotFoundError:
+        raise ValueError(f"{directory} is no run directory: it has no config.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no run configuration: {error}") from error
+    try:
+        defaults = default_settings(read_run(directory))
+    except ConfigError:
+        defaults = {}
+    return tree, estimator, defaults
+
+
+def _conclude(
+    result: Result,
+    run: Run,
+    seconds: float,
+    recipe: str | None,
+    *,
+    total: int | None = None,
+    another: str | None = None,
+) -> int:
+    """Say what was made, where, and what to do next."""
+    from upslope.report.conclusion import finished, resume_command, stopped
+
+    own = None if type(run.algorithm).__module__.startswith("upslope.") else recipe
+    console = Console()
+    if result.interrupted:
+        console.print(stopped(result, run, resume_command(result, steps=total, recipe=own)), soft_wrap=True)
+        return INTERRUPTED
+    longer = resume_command(result, steps=2 * run.steps, recipe=own)
+    console.print(finished(result, run, seconds, longer=longer, another=another), soft_wrap=True)
+    return DONE
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the library refuses what it was given, as against failing at it.
+
+    It does with errors of its own types, with a ValueError that one of its own `raise` statements made, and where a
+    package is missing that it names; the disk may refuse too.
+    """
+    if type(error).__module__.startswith("upslope."):
+        return True
+    if isinstance(error, ModuleNotFoundError):
+        return error.name is None
+    if isinstance(error, OSError):
+        return error.errno in _DISK_REFUSES
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(error, ValueError):
+        return False
+    ours = str(trace.tb_frame.f_globals.get("__name__")).startswith("upslope.")
+    return ours and dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _complain(text: str) -> None:
+    _say(Console(stderr=True), Text.assemble(("upslope: ", "bold red"), text))
+
+
+def _say(console: Console, text: str | Text, style: str = "") -> None:
+    console.print(Text(text, style=style) if isinstance(text, str) else text, soft_wrap=True)
+
+
+def _close(word: str, words: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, words, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"the commands are {', '.join(words)}"
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n")[0]
+
+
+def _overview() -> None:
+    """What there is."""
+    console = Console(highlight=False)
+    console.print("[bold]upslope[/bold]: policy gradients from the theorem to practice\n")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    for name, command in _COMMANDS.items():
+        table.add_row(Text(f"  {name} {command.takes}", style="cyan"), command.purpose)
+    console.print(table)
+    console.print("\n`upslope COMMAND --help` says more; `upslope train RECIPE --help` shows every setting.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Command:
+    takes: str
+    purpose: str
+    act: Callable[[list[str]], int]
+
+
+_COMMANDS = {
+    "train": _Command(takes="RECIPE [--setting value ...]", purpose="train a recipe", act=_train),
+    "recipes": _Command(takes="", purpose="list the built-in recipes", act=_recipes),
+    "describe": _Command(takes="RECIPE|RUN", purpose="show the exact estimator and every setting", act=_describe),
+    "resume": _Command(takes="RUN [--steps N]", purpose="go on with a run", act=_resume),
+    "evaluate": _Command(takes="RUN [--episodes N]", purpose="judge the policy of a run", act=_evaluate),
+    "compare": _Command(takes="RUN... [--out PICTURE]", purpose="compare runs over seeds", act=_compare),
+    "check-env": _Command(takes="ID", purpose="check an environment", act=_check_environment),
+}
+
+_TRAIN_HELP = """usage: upslope train RECIPE [--setting value ...]
+
+Train a recipe: a name from `upslope recipes`, or path/to/file.py:function for a function of yours that returns an
+upslope.Run. Settings are the fields of the recipe's configuration:
+
+  upslope train cartpole-ppo
+  upslope train cartpole-ppo --algorithm.clip 0.1 --seed 3 --steps 1e6
+  upslope train my_recipe.py:hopper --name first-try
+
+`upslope train RECIPE --help` shows every setting of that recipe and what it is."""
+
+_DESCRIBE_HELP = """usage: upslope describe RECIPE [--setting value ...]
+       upslope describe RUN
+
+Show the exact estimator and every resolved setting of a recipe or of a run directory; what differs from its default
+is highlighted."""

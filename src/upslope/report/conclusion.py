@@ -1,0 +1,96 @@
+"""What a run says when it ends: what it made, where, how good it is, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from upslope.report.terminal import evaluation_table
+from upslope.train import Result, Run
+
+
+def resume_command(result: Result, *, steps: int | None = None, recipe: str | None = None) -> str:
+    """The command that goes on with a run.
+
+    Args:
+        result: of the run.
+        steps: a new total of environment steps, if it is not the recorded one.
+        recipe: the recipe, if it has classes of the user's own.
+    """
+    words = ["upslope", "resume", str(as_seen_from_here(result.directory))]
+    words += [] if steps is None else ["--steps", str(steps)]
+    words += [] if recipe is None else ["--recipe", recipe]
+    return shlex.join(words)
+
+
+def stopped(result: Result, run: Run, command: str) -> RenderableType:
+    """After a signal: where the run stands, and the command that goes on with it."""
+    return Group(
+        Text(f"Stopped at step {result.steps:,} of {run.steps:,}; everything is saved. To go on:"),
+        Text(f"  {command}", style="bold"),
+    )
+
+
+def finished(result: Result, run: Run, seconds: float, *, longer: str, another: str | None) -> RenderableType:
+    """After the last step: how good the policy is, what lies where, and what to do with it.
+
+    Args:
+        result: of the run.
+        run: its configuration.
+        seconds: it took.
+        longer: the command that trains on.
+        another: the command that trains another seed, if there is one to name.
+    """
+    directory = as_seen_from_here(result.directory)
+    quoted = shlex.quote(str(directory))
+    parts: list[RenderableType] = [
+        Text.assemble(
+            (f"{run.recipe}", "bold green"),
+            f" took {result.steps:,} steps on {run.environment.id} in {duration(seconds)}",
+        )
+    ]
+    if result.evaluation is not None:
+        parts.append(Padding(evaluation_table(result.evaluation), (1, 0, 0, 2)))
+    made = [
+        (str(directory), "settings, metrics, checkpoints, TensorBoard events"),
+        (str(directory / "policy"), "the policy at the end"),
+        (str(directory / "best"), "the policy that was best in evaluation"),
+    ]
+    alike = quoted.removesuffix(str(run.seed)) + "*" if quoted.endswith(f"-seed{run.seed}") else f"{quoted} OTHER_RUN"
+    following = [
+        ("judge it", f"upslope evaluate {quoted} --episodes 100"),
+        ("train on", longer),
+        *([] if another is None else [("train another seed", another)]),
+        ("compare seeds", f"upslope compare {alike} --out curves.png"),
+        ("use it in Python", f'policy = upslope.load("{directory / "policy"}"); action = policy.act(observation)'),
+    ]
+    parts += _section("made", made, styles=("cyan", "")) + _section("next", following, styles=("", "cyan"))
+    return Group(*parts)
+
+
+def as_seen_from_here(path: Path) -> Path:
+    """The path relative to the working directory, if it lies below it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def duration(seconds: float) -> str:
+    """`7.2 s`, `3 min 20 s`, `1 h 02 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return (
+        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    )
+
+
+def _section(heading: str, rows: Sequence[tuple[str, str]], *, styles: tuple[str, str]) -> list[RenderableType]:
+    """A heading and two columns; lines are never broken, so that they can be copied."""
+    longest = max(len(first) for first, _ in rows)
+    lines = [Text.assemble((f"  {first:{longest}}", styles[0]), (f"   {second}", styles[1])) for first, second in rows]
+    return [Text(""), Text(heading, style="bold"), *lines]
