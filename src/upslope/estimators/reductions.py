@@ -13,6 +13,8 @@ whole optimiser step and split them with the data, or give each part the denomin
 (`step_count`, `trajectory_count`): then the parts add up to the same gradient, however they were split.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -173,6 +175,10 @@ def weighted_sum(value: Tensor, weight: Tensor) -> Tensor:
     """
     if value.shape != weight.shape:
         raise ValueError(f"weight must have the shape of value, {tuple(value.shape)}; got {tuple(weight.shape)}")
+    if value.is_cpu:
+        total = (value * weight).sum()
+        if math.isfinite(total.item()):  # 0 * NaN and 0 * inf would show: there is nothing to hide
+            return total
     return (value.masked_fill(weight == 0, 0.0) * weight).sum()
 
 
