@@ -63,7 +63,7 @@ class Evaluator:
             episodes: for each way to act; at least as many as there are environments are played.
             index: which evaluation of the run this is; decides the starts.
         """
-        environments = self._environments or make_environments(self._config, self._source)
+        environments = self._environments or make_environments(self._source or self._config, self._config)
         self._environments = environments
         mode, sampled = (
             evaluate_policy(

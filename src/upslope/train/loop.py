@@ -109,7 +109,7 @@ def train(
         given = _Given(environments, evaluation_environments, encoder, callbacks)
         if environments is not None:
             run = replace(run, environment=replace(run.environment, id=_given_id(environments)))
-        resolution = resolve_environments(run.environment, environments)
+        resolution = resolve_environments(run.environment if environments is None else environments, run.environment)
         run = replace(run, environment=resolution.config)
         evaluator = _evaluator(run, given)
         with _session(run, given) as session, _new_directory(run) as directory:
@@ -174,7 +174,8 @@ def _given_id(source: Source) -> str:
 
 @contextmanager
 def _session(run: Run, given: _Given) -> Iterator[Session]:
-    session = Session(run, make_environments(run.environment, given.environments), encoder=given.encoder)
+    source = run.environment if given.environments is None else given.environments
+    session = Session(run, make_environments(source, run.environment), encoder=given.encoder)
     try:
         yield session
     finally:
