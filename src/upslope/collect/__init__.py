@@ -1,6 +1,13 @@
 """The only room that touches the outside world: Gymnasium's words become ours at this door."""
 
 from upslope.collect.autoreset import GymnasiumVector as GymnasiumVector
+from upslope.collect.check import Finding as Finding
+from upslope.collect.check import Report as Report
+from upslope.collect.check import check_environment as check_environment
+from upslope.collect.conformance import Tick as Tick
+from upslope.collect.conformance import TickVector as TickVector
+from upslope.collect.conformance import tick_advantages as tick_advantages
+from upslope.collect.conformance import tick_cases as tick_cases
 from upslope.collect.convert import convert_action_space as convert_action_space
 from upslope.collect.convert import convert_observation_space as convert_observation_space
 from upslope.collect.environments import EnvironmentCollector as EnvironmentCollector

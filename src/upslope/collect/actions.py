@@ -1,10 +1,13 @@
-"""Actions at random, for trying environments out."""
+"""Actions at random, for trying environments out and as a baseline."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from upslope.spaces import Box, Discrete, Leaf, MultiBinary, MultiDiscrete
+from upslope.trajectory import Evaluation, Observation, ObservationArrays, Steps, Trajectory
 
 
 def random_action(space: Leaf, generator: np.random.Generator, count: int) -> np.ndarray:
@@ -24,3 +27,48 @@ def random_action(space: Leaf, generator: np.random.Generator, count: int) -> np
             uniform = low + (high - low) * generator.random((count, *space.shape))
             normal = generator.standard_normal((count, *space.shape))
             return np.where(bounded, uniform, normal).astype(np.float32)
+
+
+class RandomPolicy:
+    """Uniform actions whatever is seen; its own sampler. Its log-probs are constants, up to which they are right.
+
+    Args:
+        space: of the actions.
+    """
+
+    def __init__(self, space: Leaf) -> None:
+        self._space = space
+
+    def sampler(self) -> RandomPolicy:
+        """Itself."""
+        return self
+
+    def noise(self, generator: np.random.Generator, steps: int, environments: int) -> np.ndarray:
+        """The actions themselves, as the environment takes them."""
+        return np.stack([random_action(self._space, generator, environments) for _ in range(steps)])
+
+    def sample(self, observation: ObservationArrays, noise: np.ndarray) -> np.ndarray:
+        """What was drawn."""
+        return noise
+
+    def mode(self, observation: ObservationArrays) -> np.ndarray:
+        """No action is likelier than another: always the same random ones."""
+        first = next(iter(observation.values())) if isinstance(observation, dict) else observation
+        return random_action(self._space, np.random.default_rng(0), len(first))
+
+    def to_environment(self, action: np.ndarray) -> np.ndarray:
+        """As it is."""
+        return action
+
+    def log_prob(self, observation: Observation, action: Tensor) -> Tensor:
+        """Zeros."""
+        first = next(iter(observation.values())) if isinstance(observation, dict) else observation
+        return torch.zeros(first.shape[:2])
+
+    def evaluate(self, steps: Steps) -> Evaluation:
+        """Refused: it has no parameters."""
+        raise NotImplementedError("a random policy cannot be trained")
+
+    def values(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+        """Zeros."""
+        return torch.zeros_like(trajectory.reward), torch.zeros_like(trajectory.reward)

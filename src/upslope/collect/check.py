@@ -1,0 +1,287 @@
+"""Trying an environment out before training in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from upslope.collect.actions import RandomPolicy, random_action
+from upslope.collect.autoreset import GymnasiumVector
+from upslope.collect.conformance import tick_cases
+from upslope.collect.convert import ObservationLayout, action_dtype, convert_action_space
+from upslope.collect.environments import EnvironmentCollector
+from upslope.collect.errors import EnvironmentFailureError, UnsupportedSpaceError
+from upslope.collect.evaluation import environment_seeds
+from upslope.collect.make import EnvironmentConfig, environment_factory
+from upslope.collect.resume import freeze, resume_problem
+from upslope.collect.vector import Factory, SyncEnvironments
+from upslope.spaces import Leaf
+from upslope.streams import Purpose
+
+_TOLERANCE = 1e-5
+_MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was tried.
+
+    Attributes:
+        level: `"problem"` if training in the environment would be wrong or fail, `"note"` if it is worth knowing.
+        text: what was found, and what to do.
+    """
+
+    level: Literal["ok", "note", "problem"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        name: of the environment.
+        findings: in the order they were made.
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return all(finding.level != "problem" for finding in self.findings)
+
+    def __str__(self) -> str:
+        verdict = "no problem found" if self.ok else "not ready to train in"
+        lines = [f"{_MARKS[finding.level]}  {finding.text}" for finding in self.findings]
+        return "\n".join([self.name, *lines, f"{self.name}: {verdict}"])
+
+
+def check_environment(
+    source: EnvironmentConfig | str | Factory | VectorEnv[Any, Any, Any], *, steps: int = 2000, seed: int = 0
+) -> Report:
+    """Try an environment out: spaces, types, flags, ends of episodes, seeding, snapshots, and the Tick suite.
+
+    Args:
+        source: a config, a Gymnasium id, a function that makes one environment, or a vector environment.
+        steps: how many random steps to take at most.
+        seed: of starts and actions.
+
+    Raises:
+        UnknownEnvironmentError: if there is no such environment, or its package is missing.
+        EnvironmentFailureError: if it raises.
+    """
+    if isinstance(source, VectorEnv):
+        return Report(str(source), tuple(_check_vector(source, steps, seed)))
+    if isinstance(source, str):
+        source = EnvironmentConfig(id=source)
+    factory = environment_factory(source) if isinstance(source, EnvironmentConfig) else source
+    name = source.id if isinstance(source, EnvironmentConfig) else str(factory())
+    return Report(name, tuple(_check_single(factory, steps, seed)))
+
+
+def _check_single(factory: Factory, steps: int, seed: int) -> list[Finding]:
+    environment = factory()
+    try:
+        space = ObservationLayout(environment.observation_space).space
+        action_space = convert_action_space(environment.action_space)
+    except UnsupportedSpaceError as error:
+        return [Finding("problem", str(error))]
+    findings = [Finding("ok", f"observations {space}"), Finding("ok", f"actions {action_space}")]
+    actions = _actions(environment, action_space, steps, seed)
+    walk = _Walk(environment, seed)
+    for action in actions:
+        if walk.problem is not None:
+            break
+        walk.step(action)
+    environment.close()
+    if walk.problem is not None:
+        return [*findings, Finding("problem", walk.problem)]
+    findings.append(
+        Finding("ok", f"{walk.steps} random steps: observations in their space, rewards finite, flags boolean")
+    )
+    findings.append(walk.ends())
+    findings.append(_seeding(factory, actions[:200], seed, walk.trace[:201]))
+    problem = resume_problem(lambda: SyncEnvironments([factory], resume="snapshot"), seed=seed)
+    findings.append(
+        Finding("ok", "snapshots hold: a resumed run goes on to the last bit")
+        if problem is None
+        else Finding("note", f"made anew at checkpoints, where open episodes count as truncated: {problem}")
+    )
+    findings += [_twin(factory, min(steps, 500), seed), _suite()]
+    return findings
+
+
+def _actions(environment: gymnasium.Env[Any, Any], space: Leaf, steps: int, seed: int) -> list[Any]:
+    batch = random_action(space, np.random.default_rng(seed), steps).astype(action_dtype(environment.action_space))
+    return batch.tolist() if batch.ndim == 1 else list(batch)
+
+
+class _Walk:
+    """An environment walked through, and the first thing wrong with it."""
+
+    def __init__(self, environment: gymnasium.Env[Any, Any], seed: int) -> None:
+        self._environment = environment
+        self.steps = self.terminations = self.truncations = 0
+        self.problem: str | None = None
+        self.trace: list[Any] = []
+        result = environment.reset(seed=seed)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            self.problem = f"reset() must return (observation, info dict), it returned {result!r:.80}"
+            return
+        self._see(result[0], "reset()")
+        self.trace.append(freeze(result[0]))
+
+    def step(self, action: Any) -> None:
+        try:
+            result = self._environment.step(action)
+        except Exception as error:
+            text = f"step {self.steps + 1} with the action {action!r} raised {type(error).__name__}: {error}"
+            raise EnvironmentFailureError(text, 0) from error
+        if not (isinstance(result, tuple) and len(result) == 5):
+            self.problem = f"step() must return (observation, reward, terminated, truncated, info), got {result!r:.80}"
+            return
+        observation, reward, terminated, truncated, info = result
+        self.steps += 1
+        self._see(observation, f"step {self.steps}")
+        if not isinstance(info, dict):
+            self.problem = f"step {self.steps}: info must be a dict, it is {info!r:.80}"
+        if not isinstance(reward, int | float | np.number) or not np.isfinite(float(reward)):
+            self.problem = f"step {self.steps}: the reward must be one finite number, it is {reward!r:.80}"
+        for name, flag in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(flag, bool | np.bool_):
+                self.problem = f"step {self.steps}: {name} must be True or False, it is {flag!r:.80}"
+        self.trace.append(freeze([observation, reward, bool(terminated), bool(truncated)]))
+        self.terminations += bool(terminated)
+        self.truncations += bool(truncated) and not bool(terminated)
+        if self.problem is None and (terminated or truncated):
+            observation, _ = self._environment.reset()
+            self._see(observation, f"reset() after step {self.steps}")
+
+    def ends(self) -> Finding:
+        """What was seen of the ends of episodes."""
+        if self.terminations + self.truncations:
+            return Finding("ok", f"{self.terminations} episodes terminated, {self.truncations} were truncated")
+        return Finding(
+            "note",
+            f"no episode ended in {self.steps} steps; if episodes have no end, set a time limit, else they are never "
+            "counted and evaluation cannot finish",
+        )
+
+    def _see(self, observation: Any, where: str) -> None:
+        space = self._environment.observation_space
+        if space.contains(observation):
+            if not _finite(observation):
+                self.problem = f"{where}: the observation is not finite: {observation!r:.120}"
+            return
+        self.problem = (
+            f"{where}: the observation is not in observation_space {space}: {observation!r:.120} (shape "
+            f"{np.shape(observation)}, type {getattr(observation, 'dtype', type(observation).__name__)}). Correct the "
+            "space, or the type and range of what is returned"
+        )
+
+
+def _finite(observation: Any) -> bool:
+    if isinstance(observation, dict):
+        return all(_finite(entry) for entry in observation.values())
+    if isinstance(observation, tuple):
+        return all(_finite(entry) for entry in observation)
+    return bool(np.isfinite(np.asarray(observation, dtype=np.float64)).all())
+
+
+def _seeding(factory: Factory, actions: list[Any], seed: int, expected: list[Any]) -> Finding:
+    environment = factory()
+    walk = _Walk(environment, seed)
+    for action in actions:
+        walk.step(action)
+    environment.close()
+    if walk.trace == expected:
+        return Finding(
+            "ok", f"two environments with the same seed and actions agree to the last bit ({len(actions)} steps)"
+        )
+    return Finding(
+        "problem",
+        "two environments with the same seed and actions differ: runs cannot be repeated or resumed exactly. Call "
+        "super().reset(seed=seed) in reset() and draw all random numbers from self.np_random",
+    )
+
+
+def _twin(factory: Factory, steps: int, seed: int) -> Finding:
+    """The collector against a plain loop that never resets in advance: what followed each step must be the same."""
+    environments = SyncEnvironments([factory])
+    collector = EnvironmentCollector(environments, steps=steps, seed=seed)
+    trajectory = collector.collect(RandomPolicy(environments.action_space), 0)
+    collector.close()
+    environment = factory()
+    layout = ObservationLayout(environment.observation_space)
+    rows = layout.allocate(steps)
+    write = layout.writer(rows)
+    flags = np.zeros((2, steps), dtype=bool)
+    rewards = np.zeros(steps)
+    environment.reset(seed=environment_seeds(seed, Purpose.ENVIRONMENT, 0, 0, 1)[0])
+    actions = trajectory.action[0].numpy().astype(action_dtype(environment.action_space))
+    for position, action in enumerate(actions.tolist() if actions.ndim == 1 else actions):
+        observation, rewards[position], flags[0, position], flags[1, position], _ = environment.step(action)
+        write(position, observation)
+        if flags[:, position].any():
+            environment.reset()
+    environment.close()
+    same = np.array_equal(trajectory.terminated[0].numpy(), flags[0]) and np.array_equal(
+        trajectory.truncated[0].numpy(), flags[1]
+    )
+    same = same and np.array_equal(trajectory.reward[0].numpy(), rewards.astype(np.float32))
+    goes_on = np.flatnonzero(~flags.any(axis=0)[:-1])
+    final = trajectory.final_index.numpy()
+    seen, after = _named(trajectory.observation), _named(trajectory.final_observation)
+    for name, true in _named(rows).items():
+        same = same and np.array_equal(np.asarray(seen[name])[0, goes_on + 1], true[goes_on])
+        same = same and np.array_equal(np.asarray(after[name]), true[final])
+    if same:
+        return Finding("ok", f"the collector and a plain loop agree on {steps} steps, final observations included")
+    return Finding(
+        "problem",
+        "the collector and a plain loop over the same seed and actions disagree: the environment remembers something "
+        "across episodes, or returns arrays that it changes later. Return copies, and forget everything in reset()",
+    )
+
+
+def _named(observation: Any) -> dict[str, Any]:
+    return observation if isinstance(observation, dict) else {"": observation}
+
+
+def _check_vector(environment: VectorEnv[Any, Any, Any], steps: int, seed: int) -> list[Finding]:
+    try:
+        vector = GymnasiumVector(environment)
+    except ValueError as error:
+        return [Finding("problem", str(error))]
+    generator = np.random.default_rng(seed)
+    vector.reset([seed] * vector.num_envs)
+    counted = ended = 0
+    while counted < steps:
+        try:
+            step = vector.step(random_action(vector.action_space, generator, vector.num_envs))
+        except ValueError as error:
+            return [Finding("problem", str(error))]
+        counted += vector.num_envs
+        ended += 0 if step.finished is None else len(step.finished)
+    ends = f"autoreset mode {vector.mode.name}: {ended} episodes ended in {counted} steps"
+    return [
+        Finding("ok", f"observations {vector.observation_space}"),
+        Finding("ok", f"actions {vector.action_space}"),
+        Finding(
+            "ok" if ended else "note", f"autoreset mode {vector.mode.name}: {ended} episodes ended in {counted} steps"
+        ),
+        _suite(),
+    ]
+
+
+def _suite() -> Finding:
+    wrong = [case.name for case in tick_cases(processes=False) if case.error() > _TOLERANCE]
+    if wrong:
+        return Finding("problem", f"the Tick suite fails here ({', '.join(wrong)}): please report it")
+    return Finding("ok", "the Tick suite: ends of episodes are exact in every autoreset mode")
