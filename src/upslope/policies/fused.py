@@ -8,6 +8,8 @@ closed forms fall back to when a backward pass must itself be differentiated (`c
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +36,41 @@ def fusable(*tensors: Tensor) -> bool:
     """Whether the closed forms apply: float32 or float64 on the CPU, all of one dtype."""
     dtype = tensors[0].dtype
     return dtype in (torch.float32, torch.float64) and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
+
+
+class _Arrays(threading.local):
+    """Memory for large intermediate arrays, used again once nobody but this holds it.
+
+    The C library gives large freed blocks back to the operating system, and getting them again costs more than the
+    arithmetic done in them.
+    """
+
+    SMALLEST, LARGEST, KEPT = 1 << 14, 1 << 23, 1 << 28
+
+    def __init__(self) -> None:
+        self._shelves: dict[tuple[int, int, np.dtype[Any]], list[np.ndarray]] = {}
+        self._bytes = 0
+
+    def empty(self, rows: int, columns: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """An uninitialised array."""
+        if not self.SMALLEST <= rows * columns <= self.LARGEST:
+            return np.empty((rows, columns), dtype=dtype)
+        shelf = self._shelves.setdefault((rows, columns, dtype), [])
+        for array in shelf:
+            # The shelf, the loop variable and the argument: anybody else's view or tensor would count too.
+            if sys.getrefcount(array) == 3:
+                return array
+        array = np.empty((rows, columns), dtype=dtype)
+        if self._bytes + array.nbytes > self.KEPT:
+            self._shelves.clear()
+            self._bytes = 0
+            return array
+        shelf.append(array)
+        self._bytes += array.nbytes
+        return array
+
+
+_ARRAYS = _Arrays()
 
 
 # --- multilayer perceptrons ------------------------------------------------------------------------------------------
@@ -134,7 +171,8 @@ def _mlp_forward(
     hidden: list[np.ndarray] = []
     output, last = features, len(layers) - 2
     for position in range(0, len(layers), 2):
-        output = np.dot(output, layers[position].T)
+        weight = layers[position]
+        output = np.dot(output, weight.T, out=_ARRAYS.empty(len(output), len(weight), output.dtype))
         output += layers[position + 1]
         if layout.torso or position < last:
             activate(layout.activation, output)
@@ -166,7 +204,9 @@ def _mlp_backward(
         backwards.append(np.dot(ones, gradient))
         backwards.append(np.dot(gradient.T, hidden[layer - 1] if layer else features))
         if layer or through:
-            gradient = np.dot(gradient, layers[2 * layer])
+            weight = layers[2 * layer]
+            out = _ARRAYS.empty(len(gradient), weight.shape[1], weight.dtype)
+            gradient = np.dot(gradient, weight, out=out)
     found.extend(map(torch.from_numpy, reversed(backwards)))
     return torch.from_numpy(gradient) if through else None
 
@@ -193,7 +233,7 @@ def append_constant(output: np.ndarray, constant: np.ndarray) -> np.ndarray:
 def _through_activation(activation: str, gradient: np.ndarray, output: np.ndarray) -> np.ndarray:
     if activation == "relu":
         return gradient * (output > 0.0)
-    slope = output * output
+    slope = np.multiply(output, output, out=_ARRAYS.empty(len(output), output.shape[1], output.dtype))
     np.subtract(1.0, slope, out=slope)
     slope *= gradient
     return slope
