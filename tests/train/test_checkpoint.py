@@ -139,6 +139,14 @@ def test_overlapping_views_come_back_separate(tmp_path: Path) -> None:
     assert got["whole"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 
+def test_two_shapes_of_one_storage_are_both_stored(tmp_path: Path) -> None:
+    flat = torch.arange(6.0)
+    shapes = {"flat": flat, "grid": flat.view(2, 3), "again": flat}
+    assert_same(through_disk(shapes, tmp_path), shapes)
+    save_policy_folder(tmp_path / "policy", shapes, {})
+    assert_same(dict(sorted(load_policy_folder(tmp_path / "policy")[0].items())), dict(sorted(shapes.items())))
+
+
 def test_lazy_negation_and_conjugation_are_carried_out(tmp_path: Path) -> None:
     complex_ = torch.tensor([1 + 2j], dtype=torch.complex64)
     got = through_disk([complex_.conj(), complex_.conj().imag], tmp_path)
