@@ -57,6 +57,15 @@ class OptimizerConfig:
     max_skipped: int = 10
     """Stop the run after this many optimiser steps in a row were skipped for a gradient that is not finite."""
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that have no meaning."""
+        _at_least(0, learning_rate=self.learning_rate, epsilon=self.epsilon, momentum=self.momentum)
+        _at_least(1, micro_batches=self.micro_batches, max_skipped=self.max_skipped)
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0.0:
+            raise ValueError(
+                f"max_gradient_norm must be positive, or None for no clipping; got {self.max_gradient_norm}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
@@ -69,7 +78,12 @@ class EvaluationConfig:
     final_episodes: int = 20
     """Episodes at the end of the run."""
     environments: int = 10
-    """Evaluation environments side by side."""
+    """Evaluation environments side by side, never more than episodes."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that have no meaning."""
+        _at_least(0, times=self.times, final_episodes=self.final_episodes)
+        _at_least(1, episodes=self.episodes, environments=self.environments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +94,11 @@ class CheckpointConfig:
     """Checkpoints during the run, evenly spread by updates; 0 for none but the last."""
     keep: int = 2
     """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that have no meaning."""
+        _at_least(0, times=self.times)
+        _at_least(1, keep=self.keep)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,8 +154,8 @@ class Run:
 
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        _at_least(1, steps=self.steps, threads=self.threads)
+        _at_least(0, seed=self.seed)
         if self.algorithm.passes.whole_episodes and self.rollout.episodes is None:
             raise ValueError(
                 f"{type(self.algorithm).__name__} needs whole episodes: set rollout.episodes (16, say) and "
@@ -146,3 +165,9 @@ class Run:
             raise ValueError(f"{type(self.algorithm).__name__} needs a critic: set policy.critic to True")
         if self.policy.normalize_reward and self.rollout.steps is None:
             raise ValueError("normalize_reward follows each environment step by step: set rollout.steps, not episodes")
+
+
+def _at_least(least: int, **settings: float) -> None:
+    for name, value in settings.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -49,7 +49,7 @@ def read_run(directory: Path) -> Run:
         tree = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{directory} is no run directory: it has no config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict) or "run" not in tree:
         raise ConfigError(f"{path} holds no run configuration")
@@ -116,7 +116,10 @@ def _value(expected: Any, value: Any, where: str) -> Any:
     if expected is Path and isinstance(value, str):
         return Path(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where} is too large a number") from None
     if expected is type(None) and value is None:
         return None
     if type(value) is expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import signal
@@ -35,6 +36,7 @@ from upslope.train.storage import write_file_atomically
 
 _MAY_CHANGE = ("steps", "log.", "checkpoint.", "evaluation.", "name", "directory", "threads", "recipe")
 _FAILED_SAVES = 3
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +195,10 @@ def _evaluator(run: Run, given: _Given) -> Evaluator:
                 )
         else:
             source = given.environments
-    return Evaluator(run.environment, environments=run.evaluation.environments, seed=run.seed, source=source)
+    wanted = run.evaluation
+    episodes = min(wanted.episodes, wanted.final_episodes or wanted.episodes)
+    environments = min(wanted.environments, episodes)
+    return Evaluator(run.environment, environments=environments, seed=run.seed, source=source)
 
 
 class _Training:
@@ -235,14 +240,26 @@ class _Training:
         found = latest_checkpoint(
             self.directory.checkpoints, on_damaged=lambda path, error: damaged.append(f"{path.name}: {error}")
         )
+        if found is None and damaged:
+            raise ResumeError(
+                f"no checkpoint of {self.directory.path} is whole: {'; '.join(damaged)}. Bring back one of them from a "
+                "copy, or start a new run"
+            )
         for text in damaged:
-            self.display.message(f"damaged checkpoint skipped: {text}")
+            self._tell(f"damaged checkpoint skipped: {text}")
         if found is None:
-            self.display.message("no whole checkpoint yet: starting from the beginning")
+            self._tell("no checkpoint yet: starting from the beginning")
             return 0
         self.session.load_state(found.state["session"])
         self.best = found.state["best"]
         return found.state["log"]
+
+    def _tell(self, text: str) -> None:
+        """Say what must not go unnoticed, display or not."""
+        if self.session.run.log.progress:
+            self.display.message(text)
+        else:
+            _logger.warning("%s", text)
 
     def finish(self) -> Result:
         """Train until the end, a callback's wish or a signal; save; evaluate."""
@@ -325,7 +342,10 @@ class _Training:
         mean = float(report.deterministic_returns.mean())
         if mean >= self.best:
             self.best = mean
-            save(session.policy, self.directory.best)
+            try:
+                save(session.policy, self.directory.best)
+            except CheckpointError as error:
+                self._tell(f"the best policy so far was not saved, training goes on: {error}")
         return report
 
     def _save(self, *, scheduled: bool) -> None:
@@ -336,7 +356,7 @@ class _Training:
             self.failed_saves += 1
             if not scheduled or self.failed_saves >= _FAILED_SAVES:
                 raise
-            self.display.message(f"checkpoint not saved, training goes on: {error}")
+            self._tell(f"checkpoint not saved, training goes on: {error}")
         else:
             self.failed_saves = 0
 
