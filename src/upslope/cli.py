@@ -41,6 +41,20 @@ class Nothing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Train:
+    """What `train` was asked for."""
+
+    recipe: str
+    settings: tuple[str, ...]
+
+    def another_seed(self, seed: int) -> str | None:
+        """The same with another seed; None where the run's own name or seed is among the settings."""
+        if any(word.startswith(("--seed", "--name")) for word in self.settings):
+            return None
+        return shlex.join(["upslope", "train", self.recipe, *self.settings, "--seed", str(seed)])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resume:
     """Go on with a run from its newest whole checkpoint, exactly as if it had never stopped."""
 
@@ -133,9 +147,7 @@ def _train(arguments: list[str]) -> int:
 
     start = time.monotonic()
     result = train(run)
-    own_name = any(word.startswith(("--seed", "--name")) for word in arguments)
-    another = None if own_name else shlex.join(["upslope", "train", *arguments, "--seed", str(run.seed + 1)])
-    return _conclude(result, run, time.monotonic() - start, recipe, another=another)
+    return _conclude(result, run, time.monotonic() - start, Train(recipe=recipe, settings=tuple(arguments[1:])))
 
 
 def _recipes(arguments: list[str]) -> int:
@@ -161,7 +173,7 @@ def _resume(arguments: list[str]) -> int:
     result = resume(command.run, run=given, steps=command.steps)
     if command.steps is not None:
         run = dataclasses.replace(run, steps=command.steps)
-    return _conclude(result, run, time.monotonic() - start, command.recipe, total=command.steps)
+    return _conclude(result, run, time.monotonic() - start, command)
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -170,7 +182,21 @@ def _evaluate(arguments: list[str]) -> int:
     from upslope.train import evaluate_run
 
     report = evaluate_run(command.run, episodes=command.episodes, seed=command.seed, best=command.best)
-    Console().print(evaluation_table(report))
+    console = Console()
+    console.print(evaluation_table(report))
+    if command.render or command.video:
+        from upslope.report.video import record_video, watch
+        from upslope.train import load
+        from upslope.train.config_file import read_run
+
+        policy = load(command.run / ("best" if command.best else "policy"))
+        environment = read_run(command.run).environment
+        if command.render:
+            _say(console, f"shown: an episode with a return of {watch(policy, environment, seed=command.seed):,.1f}")
+        if command.video:
+            path = command.run / "videos" / f"{'best' if command.best else 'policy'}-seed{command.seed}.mp4"
+            total = record_video(policy, environment, path, seed=command.seed)
+            _say(console, f"video: {path}, an episode with a return of {total:,.1f}")
     return DONE
 
 
@@ -217,8 +243,9 @@ def _check_environment(arguments: list[str]) -> int:
     command = parse(CheckEnvironment, arguments, program="upslope check-env")
     from upslope.collect import check_environment
 
-    Console().print(str(check_environment(command.id)))
-    return DONE
+    report = check_environment(command.id)
+    _say(Console(), str(report))
+    return DONE if report.ok else BAD_INPUT
 
 
 def _configured(arguments: list[str], command: str) -> tuple[str, Run]:
@@ -257,25 +284,23 @@ def _recorded(directory: Path) -> tuple[dict[str, Any], dict[str, str], dict[str
     return tree, estimator, defaults
 
 
-def _conclude(
-    result: Result,
-    run: Run,
-    seconds: float,
-    recipe: str | None,
-    *,
-    total: int | None = None,
-    another: str | None = None,
-) -> int:
+def _conclude(result: Result, run: Run, seconds: float, asked: Train | Resume) -> int:
     """Say what was made, where, and what to do next."""
     from upslope.report.conclusion import finished, resume_command, stopped
 
-    own = None if type(run.algorithm).__module__.startswith("upslope.") else recipe
+    own = None if type(run.algorithm).__module__.startswith("upslope.") else asked.recipe
     console = Console()
     if result.interrupted:
+        total = asked.steps if isinstance(asked, Resume) else None
         console.print(stopped(result, run, resume_command(result, steps=total, recipe=own)), soft_wrap=True)
         return INTERRUPTED
     longer = resume_command(result, steps=2 * run.steps, recipe=own)
-    console.print(finished(result, run, seconds, longer=longer, another=another), soft_wrap=True)
+    another = asked.another_seed(run.seed + 1) if isinstance(asked, Train) else None
+    resumed = isinstance(asked, Resume)
+    console.print(
+        finished(result, run, seconds, longer=longer, another=another, resumed=resumed),
+        soft_wrap=True,
+    )
     return DONE
 
 

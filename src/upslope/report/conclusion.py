@@ -36,22 +36,26 @@ def stopped(result: Result, run: Run, command: str) -> RenderableType:
     )
 
 
-def finished(result: Result, run: Run, seconds: float, *, longer: str, another: str | None) -> RenderableType:
+def finished(
+    result: Result, run: Run, seconds: float, *, longer: str, another: str | None, resumed: bool
+) -> RenderableType:
     """After the last step: how good the policy is, what lies where, and what to do with it.
 
     Args:
         result: of the run.
         run: its configuration.
-        seconds: it took.
+        seconds: it took, since it was resumed if it was.
         longer: the command that trains on.
         another: the command that trains another seed, if there is one to name.
+        resumed: the run went on from a checkpoint.
     """
     directory = as_seen_from_here(result.directory)
     quoted = shlex.quote(str(directory))
     parts: list[RenderableType] = [
         Text.assemble(
             (f"{run.recipe}", "bold green"),
-            f" took {result.steps:,} steps on {run.environment.id} in {duration(seconds)}",
+            f" has taken {result.steps:,} steps on {run.environment.id}, in {duration(seconds)} ",
+            "since it was resumed" if resumed else "",
         )
     ]
     if result.evaluation is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +32,7 @@ def recipes_table(recipes: Sequence[tuple[str, Run, str]], *, wide: bool) -> Ren
     lines: list[RenderableType] = []
     for (name, *rest), (_, _, description) in zip(rows, recipes, strict=True):
         lines.append(Text.assemble((name, "bold cyan"), "  ", ", ".join([*rest[:-1], f"{rest[-1]} steps"])))
-        lines.append(Text(f"  {description}", style="dim"))
+        lines.append(Padding(Text(description, style="dim"), (0, 0, 0, 2)))
     return Group(*lines)
 
 
