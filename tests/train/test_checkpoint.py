@@ -147,6 +147,13 @@ def test_two_shapes_of_one_storage_are_both_stored(tmp_path: Path) -> None:
     assert_same(dict(sorted(load_policy_folder(tmp_path / "policy")[0].items())), dict(sorted(shapes.items())))
 
 
+def test_tensors_at_places_with_confusable_names_stay_apart(tmp_path: Path) -> None:
+    keys = ["a/b", "a~1b", "a~01b", "#1", 1, "1", "~21", "\\n", "\n", "\ud800", "\\ud800"]
+    state: dict[Any, Any] = {key: torch.tensor(index) for index, key in enumerate(keys)}
+    state["a"] = {"b": torch.tensor(-1)}
+    assert_same(through_disk(state, tmp_path), state)
+
+
 def test_lazy_negation_and_conjugation_are_carried_out(tmp_path: Path) -> None:
     complex_ = torch.tensor([1 + 2j], dtype=torch.complex64)
     got = through_disk([complex_.conj(), complex_.conj().imag], tmp_path)
