@@ -183,7 +183,7 @@ def _step(
     passes = algorithm.passes
     minibatch = algorithm.prepare(minibatch)
     optimizer.zero_gradient()
-    parts = optimizer.config.micro_batches
+    parts = min(optimizer.config.micro_batches, minibatch.mask.shape[0])
     metrics: list[dict[str, Tensor]] = []
     for part in range(parts):
         piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts)
