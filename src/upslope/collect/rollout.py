@@ -52,6 +52,13 @@ class Rollout:
             live=np.ones((count, steps), dtype=bool),
         )
 
+    def joined_ends(self) -> tuple[np.ndarray, np.ndarray, ObservationArrays]:
+        """Positions [K], environments [K] and final observations [K, ...] of all ends, in order of time."""
+        position = np.repeat([position for position, _, _ in self.ends], [len(each) for _, each, _ in self.ends])
+        nothing = map_observation(lambda a: a[:0, 0], self.observation)
+        environment = np.concatenate([np.zeros(0, dtype=np.int64), *(each for _, each, _ in self.ends)])
+        return position.astype(np.int64), environment, _join([nothing, *(final for _, _, final in self.ends)])
+
     def decision_times(self, start: np.ndarray) -> np.ndarray:
         """Decisions since the episode's start, [N, T + 1]; the last column is that of the next step.
 
@@ -101,23 +108,33 @@ class Rollout:
         _find(faults, 0, "observation", map_observation(lambda a: a[:, :filled], self.observation))
         _find(faults, 1, "action", self.action[:, :filled])
         _find(faults, 2, "reward", self.reward[:, :filled])
-        for position, environments, final in self.ends:
+        position, environment, final = self.joined_ends()
+        for row in _unfinite(final):
             found: list[tuple[int, int, int, str]] = []
-            _find(found, 3, "final observation", map_observation(lambda a: a[:, None], final))
-            faults += [(position, 3, int(environments[row]), text) for _, _, row, text in found]
-        if self.last is not None:
+            _find(found, 3, "final observation", map_observation(lambda a, row=row: a[row, None, None], final))
+            faults.append((int(position[row]), 3, int(environment[row]), found[0][3]))
+        for row in _unfinite(self.last) if self.last is not None else ():
             found = []
-            _find(found, 3, "observation", map_observation(lambda a: a[:, None], self.last))
-            faults += [(filled, 3, row, text) for _, _, row, text in found]
+            _find(found, 3, "observation", map_observation(lambda a, row=row: a[row, None, None], self.last))
+            faults.append((filled, 3, int(row), found[0][3]))
         if not faults:
             return
-        position, kind, environment, text = min(faults)
+        first, kind, where, text = min(faults)
         remedy = (
             "The policy has diverged: lower the learning rate, clip gradients, or normalise observations and rewards"
             if kind == 1
             else "The environment gave it: `upslope check-env` tries the environment on its own"
         )
-        raise NonFiniteError(f"environment {environment}, step {position} of update {update}: {text}. {remedy}")
+        raise NonFiniteError(f"environment {where}, step {first} of update {update}: {text}. {remedy}")
+
+
+def _unfinite(arrays: ObservationArrays) -> np.ndarray:
+    """Rows with a value that is not finite."""
+    rows: list[np.ndarray] = []
+    for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
+        if array.dtype.kind == "f":
+            rows.append(np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))))
+    return np.unique(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)
 
 
 def _find(faults: list[tuple[int, int, int, str]], kind: int, what: str, arrays: ObservationArrays) -> None:
@@ -176,9 +193,11 @@ def seal_fragments(
     index, final = _open_ends(rollout, terminated, steps)
     assert rollout.last is not None
     open_rows = np.flatnonzero(rollout.live[:, -1] & ~(terminated[:, -1] | truncated[:, -1]))
-    index.append(open_rows * steps + steps - 1)
-    final.append(map_observation(lambda a: a[open_rows], rollout.last))
-    return _seal(rollout, terminated, truncated, rollout.live, time, (index, final), policy, update)
+    ends = (
+        np.concatenate([index, open_rows * steps + steps - 1]),
+        _join([final, map_observation(lambda a: a[open_rows], rollout.last)]),
+    )
+    return _seal(rollout, terminated, truncated, rollout.live, time, ends, policy, update)
 
 
 def seal_episodes(
@@ -218,8 +237,8 @@ def seal_episodes(
         return flat.reshape(*mask.shape, *array.shape[2:])
 
     index, final = _open_ends(rollout, terminated, steps)
-    moved = [place.reshape(-1)[positions] for positions in index]
-    kept = [map_observation(lambda a, keep=new >= 0: a[keep], entry) for new, entry in zip(moved, final, strict=True)]
+    moved = place.reshape(-1)[index]
+    kept = moved >= 0
     rows = Rollout(
         observation=map_observation(arrange, rollout.observation),
         action=arrange(rollout.action),
@@ -229,7 +248,7 @@ def seal_episodes(
         live=mask,
     )
     time = np.where(mask, np.arange(longest), 0)
-    ends = ([new[new >= 0] for new in moved], kept)
+    ends = (moved[kept], map_observation(lambda a: a[kept], final))
     return _seal(rows, rows.terminated, rows.truncated, mask, time, ends, policy, update)
 
 
@@ -239,18 +258,12 @@ def _facts(rollout: Rollout, truncation: Truncation) -> tuple[np.ndarray, np.nda
     return rollout.terminated | rollout.truncated, np.zeros_like(rollout.truncated)
 
 
-def _open_ends(
-    rollout: Rollout, terminated: np.ndarray, steps: int
-) -> tuple[list[np.ndarray], list[ObservationArrays]]:
+def _open_ends(rollout: Rollout, terminated: np.ndarray, steps: int) -> tuple[np.ndarray, ObservationArrays]:
     """Where (n * T + t) episodes ended without termination, and what was seen there."""
-    index: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    final: list[ObservationArrays] = [map_observation(lambda a: a[:0, 0], rollout.observation)]
-    for position, environments, observation in rollout.ends:
-        going_on = ~terminated[environments, position]
-        if going_on.any():
-            index.append(environments[going_on] * steps + position)
-            final.append(map_observation(lambda a, keep=going_on: a[keep], observation))
-    return index, final
+    position, environment, final = rollout.joined_ends()
+    going_on = np.flatnonzero(~terminated[environment, position])
+    index = environment[going_on] * steps + position[going_on]
+    return index, map_observation(lambda a: a[going_on], final)
 
 
 def _seal(
@@ -259,11 +272,11 @@ def _seal(
     truncated: np.ndarray,
     mask: np.ndarray,
     time: np.ndarray,
-    ends: tuple[list[np.ndarray], list[ObservationArrays]],
+    ends: tuple[np.ndarray, ObservationArrays],
     policy: Policy,
     update: int,
 ) -> Trajectory:
-    index = np.concatenate(ends[0])
+    index, final = ends
     order = np.argsort(index, kind="stable")
     observation = _tensors(rows.observation)
     action, chosen = torch.from_numpy(rows.action), torch.from_numpy(mask)
@@ -285,17 +298,17 @@ def _seal(
         mask=chosen,
         behaviour_log_prob=log_prob,
         time=torch.from_numpy(np.ascontiguousarray(time)),
-        final_observation=_tensors(_join(ends[1], order)),
+        final_observation=_tensors(map_observation(lambda a: a[order], final)),
         final_index=torch.from_numpy(index[order]),
         policy_version=update,
     )
 
 
-def _join(parts: list[ObservationArrays], order: np.ndarray) -> ObservationArrays:
+def _join(parts: list[ObservationArrays]) -> ObservationArrays:
     first = parts[0]
     if isinstance(first, dict):
-        return {name: np.concatenate([p[name] for p in parts if isinstance(p, dict)])[order] for name in first}
-    return np.concatenate([part for part in parts if isinstance(part, np.ndarray)])[order]
+        return {name: np.concatenate([part[name] for part in parts if isinstance(part, dict)]) for name in first}
+    return np.concatenate([part for part in parts if isinstance(part, np.ndarray)])
 
 
 def _tensors(arrays: ObservationArrays) -> Observation:
