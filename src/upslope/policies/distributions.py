@@ -468,9 +468,9 @@ class Beta(Head):
         """x [N, A], strictly between 0 and 1."""
         d = 1.0 + np.logaddexp(0.0, parameters[:, None, :], dtype=np.float64) - 1.0 / 3.0
         normal, log_uniform = noise[:, 0], noise[:, 1]
-        root = np.maximum(1.0 + normal / np.sqrt(9.0 * d), 1e-300)
+        root = np.maximum(1.0 + normal / np.sqrt(9.0 * d), 1e-90)
         cube = root**3
-        accepted = (root > 1e-300) & (log_uniform < 0.5 * normal**2 + d * (1.0 - cube + np.log(cube)))
+        accepted = (root > 1e-90) & (log_uniform < 0.5 * normal**2 + d * (1.0 - cube + np.log(cube)))
         first = accepted.argmax(axis=1)[:, None, :]
         gamma = (d * np.take_along_axis(cube, first, axis=1))[:, 0, :]
         half = self.size // 2

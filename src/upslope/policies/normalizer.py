@@ -197,7 +197,7 @@ class RewardNormalizer(nn.Module):
         # The end of a row's data ends no episode: `cut` would be too much here.
         ended = trajectory.terminated | trajectory.truncated
         rewards = torch.where(mask, reward, 0.0).to(self.running_return)
-        decay = torch.where(mask, gamma, 1.0).to(self.running_return)
+        decay = torch.ones_like(rewards).masked_fill_(mask, gamma)
         decay[:, 1:].masked_fill_(ended[:, :-1], 0.0)
         rewards[:, 0] += decay[:, 0] * self._carried(len(reward))
         decay[:, 0] = 0.0
