@@ -144,7 +144,7 @@ def test_initial_weights() -> None:
     same = MLP(8, (64, 32), 4, output_gain=0.01, generator=seeded())
     assert torch.equal(same.layers[0].weight, network.layers[0].weight)
     default = MLP(8, (64,), 4, gain=None, output_gain=None, generator=seeded())
-    assert float(default.layers[0].weight.abs().max()) <= 1.0 / math.sqrt(8.0)
+    assert float(default.layers[0].weight.detach().abs().max()) <= 1.0 / math.sqrt(8.0)
 
 
 # --- encoders --------------------------------------------------------------------------------------------------------
