@@ -153,17 +153,25 @@ def test_groups_equal_the_loop(seed: int, groups: int) -> None:
     assert shaped.shape == (groups, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", range(2, 33))
-def test_equal_totals_are_exactly_zero(size: int) -> None:
+def test_equal_totals_are_exactly_zero(size: int, dtype: torch.dtype) -> None:
     """Rounding of the mean must never become signal, whatever epsilon divides it."""
-    for hundredths in range(1, 101):
-        total = torch.full((size,), hundredths / 100)
-        group = torch.zeros(size, dtype=torch.long)
+    group = torch.zeros(size, dtype=torch.long)
+    for hundredths in range(1, 101, 3):
+        total = torch.full((size,), hundredths / 100, dtype=dtype)
         for scale in ("none", "group", "batch"):
             assert (group_relative(total, group, scale=scale, epsilon=0.0) == 0).all()
         assert (leave_one_out(total, group) == 0).all()
-        assert (standardise(total) == 0).all()
-        assert (standardise(total, total > 0) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_batch_is_exactly_zero(dtype: torch.dtype) -> None:
+    for size in [*range(2, 70), 1000, 4096]:
+        for hundredths in range(1, 101, 3):
+            constant = torch.full((size,), hundredths / 100, dtype=dtype)
+            assert (standardise(constant, epsilon=1e-30) == 0).all()
+        assert (standardise(constant, constant > 0, epsilon=1e-30) == 0).all()
 
 
 def test_small_differences_on_large_totals_survive_float32() -> None:

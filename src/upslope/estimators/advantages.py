@@ -178,7 +178,7 @@ def standardise(advantage: Tensor, mask: Tensor | None = None, *, epsilon: float
         raise ValueError(f"epsilon must be positive; got {epsilon}")
     if mask is None:
         _require_spread(advantage.numel(), ddof)
-        shifted = advantage - advantage[(0,) * advantage.dim()]
+        shifted = advantage - advantage[(0,) * advantage.dim()]  # a constant becomes zeros, in any kernel's rounding
         deviation, mean = torch.std_mean(shifted, correction=ddof)
         return (shifted - mean).div_(deviation + epsilon)
     require_same_shape("advantage", advantage, ("mask", mask))
