@@ -40,7 +40,7 @@ def learning_curve(
 def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Path:
     """Draw one line per group: the interquartile mean over seeds, its 95 % interval, and the single runs thinly.
 
-    A run that stands alone gets its training return behind its evaluations.
+    One run alone gets its training return behind its evaluations.
 
     Args:
         comparison: what to draw.
@@ -66,7 +66,17 @@ def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Pat
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
         for index, group in enumerate(comparison.groups):
-            _draw_group(axes, group, _COLOURS[index % len(_COLOURS)], evaluated=comparison.metric.endswith("_mean"))
+            _draw_group(axes, group, _COLOURS[index % len(_COLOURS)])
+        runs = [run for group in comparison.groups for run in group.runs]
+        if len(runs) == 1 and comparison.metric.endswith("_mean"):
+            axes.plot(
+                runs[0].training_steps,
+                runs[0].training_returns,
+                color=_COLOURS[0],
+                alpha=0.4,
+                linewidth=1.2,
+                label=describe_metric("episode_return"),
+            )
         axes.set_xlabel("environment steps")
         axes.set_ylabel(describe_metric(comparison.metric))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -81,14 +91,11 @@ def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Pat
     return path
 
 
-def _draw_group(axes: Any, group: Group, colour: str, *, evaluated: bool) -> None:
+def _draw_group(axes: Any, group: Group, colour: str) -> None:
     """One group: its mean in bold, its interval as a band, its runs as thin lines."""
     single = len(group.runs) == 1
     label = group.label if single else f"{group.label}, {len(group.runs)} seeds"
     marker = {"marker": "o", "markersize": 3.5} if len(group.steps) <= 40 else {}
-    if single and evaluated and len(group.runs[0].training_steps):
-        run = group.runs[0]
-        axes.plot(run.training_steps, run.training_returns, color=colour, alpha=0.3, linewidth=1.0)
     if not single:
         for run in group.runs:
             axes.plot(run.steps, run.values, color=colour, alpha=0.25, linewidth=0.8)
