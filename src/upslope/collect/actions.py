@@ -11,7 +11,7 @@ from upslope.trajectory import Evaluation, Observation, ObservationArrays, Steps
 
 
 def random_action(space: Leaf, generator: np.random.Generator, count: int) -> np.ndarray:
-    """Uniform actions as the environment takes them, [count] or [count, A]; standard normal where there is no bound."""
+    """Uniform actions as the environment takes them, [count] or [count, A]; normal where a bound is missing."""
     match space:
         case Discrete():
             return generator.integers(space.n, size=count) + space.start
@@ -22,11 +22,12 @@ def random_action(space: Leaf, generator: np.random.Generator, count: int) -> np
         case Box():
             low = np.broadcast_to(np.reshape(space.low, space.shape if np.ndim(space.low) else ()), space.shape)
             high = np.broadcast_to(np.reshape(space.high, space.shape if np.ndim(space.high) else ()), space.shape)
-            bounded = np.isfinite(low) & np.isfinite(high)
-            low, high = np.where(bounded, low, 0.0), np.where(bounded, high, 0.0)
+            below, above = np.isfinite(low), np.isfinite(high)
+            low, high = np.where(below, low, 0.0), np.where(above, high, 0.0)
             uniform = low + (high - low) * generator.random((count, *space.shape))
             normal = generator.standard_normal((count, *space.shape))
-            return np.where(bounded, uniform, normal).astype(np.float32)
+            one_sided = np.where(below, low + np.abs(normal), np.where(above, high - np.abs(normal), normal))
+            return np.where(below & above, uniform, one_sided).astype(np.float32)
 
 
 class RandomPolicy:

@@ -157,7 +157,7 @@ class GymnasiumVector:
         Raises:
             ValueError: if the snapshot is of another number or kind of environments.
         """
-        resetting = np.array(tree["resetting"], dtype=bool)
+        resetting = np.asarray(tree["resetting"]).astype(bool)
         if len(resetting) != self.num_envs:
             raise ValueError(
                 f"the checkpoint holds the states of {len(resetting)} environments, this run has {self.num_envs}; "
@@ -165,7 +165,7 @@ class GymnasiumVector:
             )
         restore_environment(self._environment, tree["environment"])
         self._resetting = resetting
-        self._observation = map_observation(np.array, tree["observation"])
+        self._observation = map_observation(lambda a: np.asarray(a).copy(), tree["observation"])
         return self._observation
 
     def rebuild(self, seeds: Sequence[int]) -> ObservationArrays:

@@ -179,8 +179,8 @@ class EnvironmentCollector:
             self.rebuild(self._next_update)
         elif tree["mode"] == "snapshot":
             self._observation = self.environments.restore(tree["environments"])
-            self._time = np.array(tree["time"], dtype=np.int64)
-            self._returns = np.array(tree["returns"], dtype=np.float64)
+            self._time = np.asarray(tree["time"]).astype(np.int64)
+            self._returns = np.asarray(tree["returns"]).astype(np.float64)
 
     def close(self) -> None:
         """Close the environments."""

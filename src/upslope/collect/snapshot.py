@@ -164,7 +164,7 @@ def _unplain(value: Tree) -> Any:
     if isinstance(value, list | tuple):
         return [_unplain(item) for item in value]
     if isinstance(value, np.ndarray | torch.Tensor):
-        array = np.array(value)
+        array = np.asarray(value).copy()
         return array if array.ndim else array[()]
     return value
 
