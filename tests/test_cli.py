@@ -13,9 +13,10 @@ import pytest
 
 from upslope.algorithms import PPO, Reinforce
 from upslope.cli import main
-from upslope.options import configure, whole_number
+from upslope.options import as_recorded, configure, whole_number
 from upslope.recipes import RECIPES, load_recipe
 from upslope.train import Run
+from upslope.train.config_file import config_to_tree
 
 OWN_RECIPE = '''
 from dataclasses import dataclass
@@ -218,6 +219,20 @@ def test_every_recipe_can_be_configured(name: str) -> None:
     assert configure(run, ["--seed", "7"], program="upslope").seed == 7
 
 
+def test_a_recipe_takes_on_what_a_run_of_it_recorded() -> None:
+    run = load_recipe("cartpole-ppo")
+    words = "--policy.no_orthogonal --policy.log_std_bounds -5 2 --policy.hidden --name me --directory x --seed 7"
+    kwargs = ["--environment.kwargs", "sutton_barto_reward", "True"]
+    changed = configure(run, [*words.split(), *kwargs, "--optimizer.max_gradient_norm", "None"], program="upslope")
+    tree = json.loads(json.dumps(config_to_tree(changed)))
+    assert as_recorded(run, tree) == changed != run
+    with pytest.raises(ValueError, match=r"run.algorithm is a Reinforce in the recipe and a PPO"):
+        as_recorded(load_recipe("cartpole-reinforce"), tree)
+    del tree["algorithm"]["clip"]
+    with pytest.raises(ValueError, match=r"run.algorithm has other settings .*\(clip\)"):
+        as_recorded(run, tree)
+
+
 def test_a_setting_may_be_none() -> None:
     run = configure(load_recipe("cartpole-reinforce"), ["--optimizer.max_gradient_norm", "None"], program="upslope")
     assert run.optimizer.max_gradient_norm is None
@@ -282,14 +297,18 @@ def test_an_algorithm_of_the_users_own_is_trained_described_and_resumed(
 ) -> None:
     assert main(["describe", "mine.py:small", "--algorithm.boldness", "2"]) == 0
     assert re.search(r"^algorithm.boldness +2.0 +1.0 *$", said(capsys)[0], re.MULTILINE)
-    assert main(["train", "mine.py:small"]) == 0
+    own = "--seed 1 --algorithm.boldness 2 --policy.no_orthogonal --policy.hidden 8 --optimizer.max_gradient_norm None"
+    assert main(["train", "mine.py:small", *own.split()]) == 0
     out, _ = said(capsys)
     assert "upslope resume runs/mine-small-seed1 --steps 1024 --recipe mine.py:small" in out
     assert main(["describe", "runs/mine-small-seed1"]) == 0
     assert re.search(r"^algorithm +Bold *$", said(capsys)[0], re.MULTILINE)
     assert main(["resume", "runs/mine-small-seed1", "--steps", "768", "--recipe", "mine.py:small"]) == 0
-    assert main(["resume", "runs/mine-small-seed1", "--steps", "768"]) == 2
+    assert "has taken 768 steps" in said(capsys)[0]
+    assert main(["resume", "runs/mine-small-seed1", "--steps", "1024"]) == 2
     assert "--recipe" in said(capsys)[1]
+    assert main(["resume", "runs/mine-small-seed1", "--steps", "1024", "--recipe", "cartpole-ppo"]) == 2
+    assert "run.algorithm is a PPO in the recipe and a Bold in the run directory" in said(capsys)[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
-from upslope.options import configure, parse
+from upslope.options import as_recorded, configure, parse
 
 if TYPE_CHECKING:
     from upslope.train import Result, Run
@@ -167,7 +167,7 @@ def _resume(arguments: list[str]) -> int:
     from upslope.train import resume
     from upslope.train.config_file import read_run
 
-    given = None if command.recipe is None else load_recipe(command.recipe)
+    given = None if command.recipe is None else as_recorded(load_recipe(command.recipe), _record(command.run)[0])
     run = read_run(command.run) if given is None else given
     start = time.monotonic()
     result = resume(command.run, run=given, steps=command.steps)
@@ -210,7 +210,7 @@ def _describe(arguments: list[str]) -> int:
     if arguments and Path(arguments[0]).is_dir():
         directory = Path(arguments[0])
         parse(Nothing, arguments[1:], program=f"upslope describe {arguments[0]}")
-        tree, estimator, defaults = _recorded(directory)
+        (tree, estimator), defaults = _record(directory), _recorded_defaults(directory)
     else:
         _, run = _configured(arguments, "describe")
         tree, estimator, defaults = config_to_tree(run), run.algorithm.describe(), default_settings(run)
@@ -264,24 +264,27 @@ def _configured(arguments: list[str], command: str) -> tuple[str, Run]:
     return name, configure(run, settings, program=f"upslope {command} {name}")
 
 
-def _recorded(directory: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
-    """A run's configuration tree, its estimator, and defaults where all its classes are ours."""
-    from upslope.report.terminal import default_settings
-    from upslope.train.config_file import ConfigError, read_run
-
+def _record(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A run's configuration tree and its estimator."""
     path = directory / "config.json"
     try:
         record = json.loads(path.read_text("utf-8"))
-        tree, estimator = record["run"], record["estimator"]
+        return record["run"], record["estimator"]
     except FileNotFoundError:
         raise ValueError(f"{directory} is no run directory: it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no run configuration: {error}") from error
+
+
+def _recorded_defaults(directory: Path) -> dict[str, Any]:
+    """The defaults of a run's classes, where all of them are ours."""
+    from upslope.report.terminal import default_settings
+    from upslope.train.config_file import ConfigError, read_run
+
     try:
-        defaults = default_settings(read_run(directory))
+        return default_settings(read_run(directory))
     except ConfigError:
-        defaults = {}
-    return tree, estimator, defaults
+        return {}
 
 
 def _conclude(result: Result, run: Run, seconds: float, asked: Train | Resume) -> int:

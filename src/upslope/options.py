@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -43,6 +44,36 @@ def configure(run: Run, settings: Sequence[str], *, program: str) -> Run:
         use_underscores=True,
     )
     return type(run)(**{name: getattr(changed, name) for name in values})
+
+
+def as_recorded(config: Any, tree: Mapping[str, Any], where: str = "run") -> Any:
+    """A configuration with the values of a tree that the same classes made, the user's own classes included.
+
+    Raises:
+        ValueError: the tree was made by another class, or by one with other settings.
+    """
+    names = {field.name for field in dataclasses.fields(config)}
+    if tree.get("class") != type(config).__name__:
+        raise ValueError(
+            f"{where} is a {type(config).__name__} in the recipe and a {tree.get('class')} in the run directory: give "
+            "the recipe that made the run"
+        )
+    if set(tree) != {"class", *names}:
+        other = ", ".join(sorted(set(tree) ^ {"class", *names}))
+        raise ValueError(
+            f"{where} has other settings in the recipe than in the run directory ({other}): give the recipe as it was "
+            "when it made the run"
+        )
+    values: dict[str, Any] = {}
+    for name in names:
+        present, recorded = getattr(config, name), tree[name]
+        if dataclasses.is_dataclass(present):
+            values[name] = as_recorded(present, recorded, f"{where}.{name}")
+        elif isinstance(present, Path):
+            values[name] = Path(recorded)
+        else:
+            values[name] = tuple(recorded) if isinstance(recorded, list) else recorded
+    return type(config)(**values)
 
 
 def parse(kind: type[_Settings], arguments: Sequence[str], *, program: str) -> _Settings:

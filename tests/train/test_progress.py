@@ -47,7 +47,10 @@ def test_a_pipe_gets_a_line_now_and_then_and_one_at_the_end() -> None:
         "cartpole-ppo: 800 of 1,000",
         "cartpole-ppo: 1,000 of 1,000",
     ]
-    assert "40 steps/s  return 123.5  KL 0.0123  entropy 0.500  explained variance 0.88  10 s so far, 15 s left" in lines[0]
+    assert (
+        "40 steps/s  return 123.5  KL 0.0123  entropy 0.500  explained variance 0.88  10 s so far, 15 s left"
+        in lines[0]
+    )
     assert lines[-1].endswith("done in 25 s")
 
 
