@@ -85,7 +85,7 @@ def test_infinite_rewards_are_found():
 
 
 def test_an_environment_that_raises_is_shown():
-    with pytest.raises(EnvironmentFailureError, match="step 1 with the action . raised KeyError"):
+    with pytest.raises(EnvironmentFailureError, match=r"step 1 with the action . raised KeyError"):
         check_environment(lambda: Bent("raise"))
 
 
