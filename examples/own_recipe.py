@@ -1,7 +1,7 @@
 """A recipe of one's own: an environment, an algorithm and all settings, as a function that returns a `Run`.
 
     upslope train examples/own_recipe.py:short_pole
-    upslope train examples/own_recipe.py:short_pole --algorithm.psi-scale 0.5 --seed 2
+    upslope train examples/own_recipe.py:short_pole --algorithm.psi_scale 0.5 --seed 2
     upslope resume runs/short-pole-seed1 --recipe examples/own_recipe.py:short_pole
 
 The environment is registered with Gymnasium when this file is read. The algorithm is A2C with Psi scaled by a constant
