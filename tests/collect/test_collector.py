@@ -41,7 +41,7 @@ class Certain(RandomPolicy):
 
 
 def _naive(factory, seed, actions):
-    """One environment's life, step by step: (observation, reward, terminated, truncated, what really followed, time)."""
+    """One environment's life, step by step: observation, reward, flags, what really followed, time."""
     environment = factory()
     observation, _ = environment.reset(seed=seed)
     time = 0

@@ -10,7 +10,7 @@ from upslope.collect.actions import random_action
 def test_an_unknown_or_missing_autoreset_mode_is_refused():
     vector = TickVector(2, AutoresetMode.SAME_STEP)
     vector.metadata = {}
-    with pytest.raises(UnsupportedAutoresetError, match="does not say how it resets.*SAME_STEP"):
+    with pytest.raises(UnsupportedAutoresetError, match=r"does not say how it resets.*SAME_STEP"):
         GymnasiumVector(vector)
     vector.metadata = {"autoreset_mode": "sometimes"}
     with pytest.raises(UnsupportedAutoresetError, match="unknown autoreset mode 'sometimes'"):
@@ -61,6 +61,6 @@ def test_an_environment_that_raises_is_named():
 
     environments = SyncEnvironments([Walk, Late])
     environments.reset([7, 8])
-    with pytest.raises(RuntimeError, match="environment 1 raised.*seeded with 8.*ZeroDivisionError: no way") as caught:
+    with pytest.raises(RuntimeError, match=r"environment 1 raised.*seeded with 8.*ZeroDivisionError: no way") as caught:
         environments.step(np.zeros(2, dtype=np.int64))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

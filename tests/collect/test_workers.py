@@ -33,7 +33,12 @@ def test_worker_processes_bring_the_same_as_one_process(processes):
             assert np.array_equal(left.final, right.final)
             assert np.array_equal(left.truncated, right.truncated)
     theirs.close()
-    assert not any(_alive(theirs)) or theirs._processes == []
+    assert not any(_alive(theirs))
+
+
+def _step(environments, times):
+    for _ in range(times):
+        environments.step(np.zeros(environments.num_envs, dtype=np.int64))
 
 
 def _until_it_fails(fault, deadline):
@@ -42,8 +47,7 @@ def _until_it_fails(fault, deadline):
     environments.reset([10, 11, 12, 13])
     processes = list(environments._processes)
     with pytest.raises(EnvironmentFailureError) as caught:
-        for _ in range(7):
-            environments.step(np.zeros(4, dtype=np.int64))
+        _step(environments, 7)
     assert caught.value.index == 3
     assert not any(process.is_alive() for process in processes)
     with pytest.raises(EnvironmentFailureError, match="make the environments again"):
@@ -76,9 +80,8 @@ def test_a_worker_killed_from_outside_is_reported():
     environments = AsyncEnvironments([Walk] * 2, processes=2)
     environments.reset([0, 1])
     os.kill(environments._processes[1].pid, signal.SIGKILL)
-    with pytest.raises(EnvironmentFailureError, match="SIGKILL.*out of memory"):
-        for _ in range(50):
-            environments.step(np.zeros(2, dtype=np.int64))
+    with pytest.raises(EnvironmentFailureError, match=r"SIGKILL.*out of memory"):
+        _step(environments, 50)
 
 
 def test_an_environment_that_cannot_be_made_in_a_worker_is_reported():
@@ -90,7 +93,7 @@ def test_an_environment_that_cannot_be_made_in_a_worker_is_reported():
             raise OSError("no more licences")
         return Walk()
 
-    with pytest.raises(EnvironmentFailureError, match="could not be made.*no more licences"):
+    with pytest.raises(EnvironmentFailureError, match=r"could not be made.*no more licences"):
         AsyncEnvironments([second_time_fails])
 
 
@@ -105,8 +108,7 @@ def test_stop_signals_to_the_whole_group_leave_the_workers_to_their_parent():
     for process in environments._processes:
         os.kill(process.pid, signal.SIGINT)
         os.kill(process.pid, signal.SIGTERM)
-    for _ in range(20):
-        environments.step(np.zeros(2, dtype=np.int64))
+    _step(environments, 20)
     assert all(_alive(environments))
     environments.close()
 
