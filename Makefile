@@ -19,7 +19,7 @@ lint: setup  ## formatting, types and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 setup: $(VENV)/.ready
 
