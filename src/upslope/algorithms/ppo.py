@@ -84,7 +84,11 @@ class PPO:
             raise ValueError("dual_clip bounds the clipped objective: set clip too")
         if self.kl_coefficient < 0.0:
             raise ValueError(f"kl_coefficient must be at least 0, got {self.kl_coefficient}")
-        for name, bound in (("value_clip", self.value_clip), ("kl_target", self.kl_target), ("target_kl", self.target_kl)):
+        for name, bound in (
+            ("value_clip", self.value_clip),
+            ("kl_target", self.kl_target),
+            ("target_kl", self.target_kl),
+        ):
             if bound is not None and bound <= 0.0:
                 raise ValueError(f"{name} must be positive, or None for off, got {bound}")
         if self.kl_target is not None and self.kl_coefficient == 0.0:
