@@ -1,5 +1,6 @@
 """The only room that touches the outside world: Gymnasium's words become ours at this door."""
 
+from upslope.collect.actions import RandomPolicy as RandomPolicy
 from upslope.collect.autoreset import GymnasiumVector as GymnasiumVector
 from upslope.collect.check import Finding as Finding
 from upslope.collect.check import Report as Report
