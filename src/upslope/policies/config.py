@@ -9,15 +9,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from upslope.policies.distributions import (
-    Bernoulli,
-    Beta,
-    Categorical,
-    Gaussian,
-    Head,
-    MultiCategorical,
-    SquashedGaussian,
-)
+from upslope.policies.continuous import Beta, Gaussian, SquashedGaussian
+from upslope.policies.distributions import Bernoulli, Categorical, Head, MultiCategorical
 from upslope.policies.networks import ActivationName, EncoderName, ImageLayout
 from upslope.spaces import Box, Composite, Discrete, MultiBinary, MultiDiscrete, Space
 

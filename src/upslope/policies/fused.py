@@ -119,7 +119,7 @@ def plain_mlps(features: Tensor, layouts: Sequence[Layout], *tensors: Tensor) ->
 
 def mlps(features: Tensor, layouts: Sequence[Layout], *tensors: Tensor) -> tuple[Tensor, ...]:
     """`plain_mlps`, as one node where the closed form applies."""
-    if fusable(features, *tensors) and all(layout.activation in FUSED_ACTIVATIONS for layout in layouts):
+    if fusable(features, tensors[0]) and all(layout.activation in FUSED_ACTIVATIONS for layout in layouts):
         return _MLPs.apply(features, layouts, *tensors)  # pyright: ignore[reportReturnType]
     return plain_mlps(features, layouts, *tensors)
 

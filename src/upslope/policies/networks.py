@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal, Protocol, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from upslope.policies.fused import Layout, activate, append_constant, mlps
 from upslope.spaces import Box, Composite, Discrete, Leaf, MultiDiscrete, Space
-from upslope.trajectory import Observation, ObservationArrays
+from upslope.trajectory import ObservationArrays
 
 ActivationName: TypeAlias = Literal["tanh", "relu", "gelu", "silu", "elu"]
 EncoderName: TypeAlias = Literal["auto", "mlp", "nature_cnn", "small_cnn"]
@@ -150,16 +150,6 @@ class LeanMLP:
 
 
 # --- encoders --------------------------------------------------------------------------------------------------------
-
-
-class Encoder(Protocol):
-    """Observation [M, ...] -> features [M, `features`]. Any `nn.Module` with an attribute `features` is one."""
-
-    features: int
-
-    def __call__(self, observation: Observation) -> Tensor:
-        """Features of each observation."""
-        ...
 
 
 class VectorEncoder(nn.Module):
