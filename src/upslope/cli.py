@@ -187,10 +187,10 @@ def _evaluate(arguments: list[str]) -> int:
     if command.render or command.video:
         from upslope.report.video import record_video, watch
         from upslope.train import load
-        from upslope.train.config_file import read_run
+        from upslope.train.config_file import read_evaluation
 
         policy = load(command.run / ("best" if command.best else "policy"))
-        environment = read_run(command.run).environment
+        environment, _ = read_evaluation(command.run)
         if command.render:
             _say(console, f"shown: an episode with a return of {watch(policy, environment, seed=command.seed):,.1f}")
         if command.video:

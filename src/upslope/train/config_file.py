@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from upslope.train.config import Run
+from upslope.collect import EnvironmentConfig
+from upslope.train.config import EvaluationConfig, Run
 
 
 class ConfigError(ValueError):
@@ -44,6 +45,26 @@ def read_run(directory: Path) -> Run:
     Raises:
         ConfigError: if there is no readable configuration, or it needs classes of the user's own.
     """
+    return run_from_tree(recorded_run(directory))
+
+
+def read_evaluation(directory: Path) -> tuple[EnvironmentConfig, EvaluationConfig]:
+    """Where and how the policy of a run directory is judged; enough for that, whoever's algorithm trained it.
+
+    Raises:
+        ConfigError: if there is no readable configuration.
+    """
+    tree = recorded_run(directory)
+    parts = tree.get("environment"), tree.get("evaluation")
+    return _value(EnvironmentConfig, parts[0], "environment"), _value(EvaluationConfig, parts[1], "evaluation")
+
+
+def recorded_run(directory: Path) -> dict[str, Any]:
+    """The configuration of a run directory as plain nested values.
+
+    Raises:
+        ConfigError: if there is none that can be read.
+    """
     path = directory / "config.json"
     try:
         tree = json.loads(path.read_text("utf-8"))
@@ -51,9 +72,9 @@ def read_run(directory: Path) -> Run:
         raise ConfigError(f"{directory} is no run directory: it has no config.json") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict) or "run" not in tree:
+    if not isinstance(tree, dict) or not isinstance(tree.get("run"), dict):
         raise ConfigError(f"{path} holds no run configuration")
-    return run_from_tree(tree["run"])
+    return tree["run"]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

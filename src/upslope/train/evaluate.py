@@ -10,7 +10,7 @@ import numpy as np
 from upslope.collect import EnvironmentConfig, Source, evaluate_policy, make_environments
 from upslope.collect.vector import VectorEnvironment
 from upslope.policies import ActorCritic
-from upslope.train.config_file import read_run
+from upslope.train.config_file import read_evaluation
 from upslope.train.saving import load
 
 
@@ -94,9 +94,9 @@ def evaluate_run(directory: Path, *, episodes: int, seed: int = 0, best: bool = 
         seed: decides starts and sampling.
         best: take the policy that was best in evaluation instead of the latest.
     """
-    run = read_run(directory)
+    environment, settings = read_evaluation(directory)
     policy = load(directory / ("best" if best else "policy"))
-    evaluator = Evaluator(run.environment, environments=min(episodes, run.evaluation.environments), seed=seed)
+    evaluator = Evaluator(environment, environments=min(episodes, settings.environments), seed=seed)
     try:
         return evaluator.evaluate(policy, episodes=episodes, index=0)
     finally:

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from upslope.collect import EnvironmentFailureError, NonFiniteError, Source, mak
 from upslope.policies import ActorCritic
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
 from upslope.train.config import Run
-from upslope.train.config_file import config_to_tree, differences, read_run
+from upslope.train.config_file import config_to_tree, differences, read_run, recorded_run
 from upslope.train.evaluate import EvaluationReport, Evaluator
 from upslope.train.log import MetricsLog
 from upslope.train.progress import ProgressDisplay
@@ -36,6 +37,7 @@ from upslope.train.storage import write_file_atomically
 
 _MAY_CHANGE = ("steps", "log.", "checkpoint.", "evaluation.", "name", "directory", "threads", "recipe")
 _FAILED_SAVES = 3
+_SHOW_CURSOR = b"\x1b[?25h"
 _logger = logging.getLogger(__name__)
 
 
@@ -153,6 +155,7 @@ def resume(
             )
         given = _Given(environments, evaluation_environments, encoder, callbacks)
         with _threads(run.threads), _session(run, given) as session:
+            write_file_atomically(opened.config_path, _config_file(run))
             return _Training(session, opened, _evaluator(run, given), given.callbacks, resumed=True).finish()
 
 
@@ -266,13 +269,13 @@ class _Training:
         session, run = self.session, self.session.run
         with self.log, self.display, _signals() as stop:
             try:
-                wished = False
+                wished, complete = False, session.steps >= run.steps
                 while session.steps < run.steps and not stop.is_set() and not wished:
                     wished = self._update()
                 interrupted = stop.is_set() and session.steps < run.steps and not wished
                 evaluation = None
                 if not interrupted and run.evaluation.final_episodes:
-                    evaluation = self._evaluate(run.evaluation.final_episodes, final=True)
+                    evaluation = self._evaluate(run.evaluation.final_episodes, final=True, known=complete)
                 self._save(scheduled=False)
             finally:
                 self.evaluator.close()
@@ -330,29 +333,39 @@ class _Training:
         last = self.pending[-1]
         record.update({name: last[name] for name in ("episode_return", "episode_length") if name in last})
         record["steps_per_second"] = (session.steps - self.logged_steps) / max(now - self.clock, 1e-9)
-        self.log.write(record, step=session.steps)
+        self._write_record(record)
         self.pending, self.clock, self.logged_steps = [], now, session.steps
 
-    def _evaluate(self, episodes: int, *, final: bool) -> EvaluationReport:
+    def _evaluate(self, episodes: int, *, final: bool, known: bool = False) -> EvaluationReport:
+        """Evaluate and record it, unless it is known since the run had come to its end before it was resumed."""
         session = self.session
         report = self.evaluator.evaluate(session.policy, episodes=episodes, index=session.update)
+        if known:
+            return report
         self._log_training()
         record = {"kind": "evaluation", "update": session.update, **report.record(), "final": final}
-        self.log.write(record, step=session.steps)
+        self._write_record(record)
         mean = float(report.deterministic_returns.mean())
         if mean >= self.best:
-            self.best = mean
             try:
                 save(session.policy, self.directory.best)
             except CheckpointError as error:
                 self._tell(f"the best policy so far was not saved, training goes on: {error}")
+            else:
+                self.best = mean
         return report
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        try:
+            self.log.write(record, step=self.session.steps)
+        except OSError as error:
+            self._tell(f"metrics are kept back until they can be written, training goes on: {error}")
 
     def _save(self, *, scheduled: bool) -> None:
         self._log_training()
         try:
             self._write(with_environments=True)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             self.failed_saves += 1
             if not scheduled or self.failed_saves >= _FAILED_SAVES:
                 raise
@@ -375,7 +388,7 @@ class _Training:
         try:
             self._log_training()
             self._write(with_environments=False)
-        except CheckpointError as failure:
+        except (CheckpointError, OSError) as failure:
             error.add_note(f"What was learnt since the last checkpoint could not be saved: {failure}")
         else:
             error.add_note(f"Everything learnt is saved; once it is mended: upslope resume {self.directory.path}")
@@ -408,7 +421,7 @@ def _config_file(run: Run) -> bytes:
 
 def _same(run: Run, directory: Path) -> Run:
     """The given configuration, if it differs from the recorded one only in what may change."""
-    recorded = json.loads((directory / "config.json").read_text("utf-8"))["run"]
+    recorded = recorded_run(directory)
     settled = {name: recorded["environment"][name] for name in ("id", "vectorization", "resume")}
     run = replace(run, environment=replace(run.environment, **settled))
     given = json.loads(json.dumps(config_to_tree(run)))
@@ -440,6 +453,8 @@ def _signals() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), _SHOW_CURSOR)
             os._exit(128 + number)
         stop.set()
 
