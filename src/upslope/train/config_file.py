@@ -72,8 +72,10 @@ def recorded_run(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"{directory} is no run directory: it has no config.json") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("run"), dict):
+    if not isinstance(tree, dict) or "run" not in tree:
         raise ConfigError(f"{path} holds no run configuration")
+    if not isinstance(tree["run"], dict):
+        raise ConfigError(f"{path}: run must be the settings of a Run, got {tree['run']!r}")
     return tree["run"]
 
 
