@@ -155,8 +155,9 @@ def resume(
             )
         given = _Given(environments, evaluation_environments, encoder, callbacks)
         with _threads(run.threads), _session(run, given) as session:
+            training = _Training(session, opened, _evaluator(run, given), given.callbacks, resumed=True)
             write_file_atomically(opened.config_path, _config_file(run))
-            return _Training(session, opened, _evaluator(run, given), given.callbacks, resumed=True).finish()
+            return training.finish()
 
 
 @dataclass(frozen=True, slots=True)
