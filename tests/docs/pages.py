@@ -70,5 +70,7 @@ def shell_commands(page: Path) -> list[str]:
         if block.language == "bash":
             commands += [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
         elif block.language == "console":
-            commands += [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
+            commands += [
+                line.removeprefix("$ ").removesuffix(" &") for line in text.splitlines() if line.startswith("$ ")
+            ]
     return commands
