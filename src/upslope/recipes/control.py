@@ -61,14 +61,14 @@ def cartpole_a2c() -> Run:
 
 
 def cartpole_ppo() -> Run:
-    """PPO on CartPole-v1 with CleanRL's settings."""
+    """PPO on CartPole-v1: 8 environments, short fragments, many passes, everything annealed (RL Zoo's settings)."""
     return Run(
         recipe="cartpole-ppo",
-        environment=EnvironmentConfig(id="CartPole-v1", count=4),
-        algorithm=PPO(entropy_coefficient=0.01, value_clip=0.2),
-        rollout=RolloutConfig(steps=128),
-        optimizer=OptimizerConfig(learning_rate=2.5e-4, schedule="linear"),
-        steps=250_000,
+        environment=EnvironmentConfig(id="CartPole-v1", count=8),
+        algorithm=PPO(gamma=0.98, gae_lambda=0.8, epochs=20, minibatches=1, clip_schedule="linear"),
+        rollout=RolloutConfig(steps=32),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear"),
+        steps=100_000,
     )
 
 
