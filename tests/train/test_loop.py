@@ -364,6 +364,10 @@ class Faulty(gymnasium.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, info
 
 
+def make_cartpole() -> gymnasium.Env[Any, Any]:
+    return gymnasium.make("CartPole-v1")
+
+
 @pytest.mark.parametrize(
     ("fault", "kind", "said"),
     [
@@ -396,6 +400,21 @@ def test_a_failing_environment_is_named_and_nothing_learnt_is_lost(
     assert (tmp_path / "run" / "checkpoints" / "step-000000192").is_dir()
     monkeypatch.setattr(Faulty, "fault", None)
     assert resume(tmp_path / "run", environments=Faulty).steps == 512
+
+
+def test_an_environment_that_fails_in_evaluation_loses_nothing_either(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation after the 4th update fails; once mended, it is as if nothing had been."""
+    monkeypatch.setattr(Faulty, "fault", "error")
+    many = EvaluationConfig(times=2, episodes=20, final_episodes=2, environments=1)
+    run = tiny(tmp_path, checkpoint=upslope.CheckpointConfig(times=0), evaluation=many)
+    with pytest.raises(EnvironmentFailureError, match="the cable came loose"):
+        train(run, environments=make_cartpole, evaluation_environments=Faulty)
+    assert (tmp_path / "run" / "checkpoints" / "step-000000256").is_dir()
+    monkeypatch.setattr(Faulty, "fault", None)
+    resume(tmp_path / "run", environments=make_cartpole, evaluation_environments=Faulty)
+    assert remains(tmp_path / "run")["session"] == remains(undisturbed)["session"]
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

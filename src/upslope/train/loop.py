@@ -294,7 +294,7 @@ class _Training:
         try:
             metrics = session.advance()
         except (EnvironmentFailureError, NonFiniteError) as error:
-            self._rescue(error)
+            self._rescue(error, with_environments=False)
             raise
         self.pending.append(metrics)
         if session.steps - self.logged_steps >= run.log.every_steps:
@@ -340,7 +340,11 @@ class _Training:
     def _evaluate(self, episodes: int, *, final: bool, known: bool = False) -> EvaluationReport:
         """Evaluate and record it, unless it is known since the run had come to its end before it was resumed."""
         session = self.session
-        report = self.evaluator.evaluate(session.policy, episodes=episodes, index=session.update)
+        try:
+            report = self.evaluator.evaluate(session.policy, episodes=episodes, index=session.update)
+        except (EnvironmentFailureError, NonFiniteError) as error:
+            self._rescue(error, with_environments=True)
+            raise
         if known:
             return report
         self._log_training()
@@ -384,11 +388,11 @@ class _Training:
         save_checkpoint(self.directory.checkpoints, session.steps, tree, keep=session.run.checkpoint.keep)
         save(session.policy, self.directory.policy)
 
-    def _rescue(self, error: Exception) -> None:
-        """An environment failed: what was learnt is saved, and the environments are made anew on resume."""
+    def _rescue(self, error: Exception, *, with_environments: bool) -> None:
+        """An environment failed: what was learnt is saved; those it was learnt in, if they failed, are made anew."""
         try:
             self._log_training()
-            self._write(with_environments=False)
+            self._write(with_environments=with_environments)
         except (CheckpointError, OSError) as failure:
             error.add_note(f"What was learnt since the last checkpoint could not be saved: {failure}")
         else:
