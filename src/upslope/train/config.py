@@ -145,8 +145,6 @@ class Run:
     """Decides every random number of the run."""
     threads: int = 1
     """CPU threads of one process; small networks are fastest with one."""
-    device: str = "cpu"
-    """Where the policy learns, in PyTorch's words."""
     name: str | None = None
     """Name of the run directory; None makes one from recipe and seed."""
     directory: Path = Path("runs")

@@ -39,7 +39,7 @@ class Session:
         self.run = run
         generator = torch_stream(run.seed, Purpose.INITIALISATION)
         spaces = (environments.observation_space, environments.action_space)
-        self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder).to(run.device)
+        self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
         self.spaces = [space_to_tree(space) for space in spaces]
         self.optimizer = FlatOptimizer(self.policy, run.optimizer)
         self.collector = EnvironmentCollector(
