@@ -1,0 +1,190 @@
+"""Starting a run and going on with one: from a configuration to a training that stands ready."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from upslope.collect import Source, make_environments, resolve_environments
+from upslope.train.config import Run
+from upslope.train.config_file import config_to_tree, differences, read_run, recorded_run
+from upslope.train.evaluate import Evaluator
+from upslope.train.loop import Callback, Result, Training
+from upslope.train.run_directory import RunDirectory, run_name
+from upslope.train.session import ResumeError, Session
+from upslope.train.storage import write_file_atomically
+
+_MAY_CHANGE = ("steps", "log.", "checkpoint.", "evaluation.", "name", "directory", "threads", "recipe")
+_GIVEN = "given:"
+
+
+def train(
+    run: Run,
+    *,
+    environments: Source | None = None,
+    evaluation_environments: Source | None = None,
+    encoder: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Train from the start, in a new run directory.
+
+    Args:
+        run: the configuration, for example `upslope.recipes.cartpole_ppo()`.
+        environments: what to train in instead of `run.environment.id`: a function that makes an environment, an
+            environment, or a Gymnasium VectorEnv.
+        evaluation_environments: a function that makes an environment to evaluate in; needed where `environments` is
+            an object, of which no second one can be made, unless the run never evaluates.
+        encoder: a module of the user's own to read observations with.
+        callbacks: called after every update.
+
+    Returns:
+        Where everything is, the policy and its final evaluation.
+
+    Raises:
+        RunDirectoryError: if the directory holds a run already or is in use.
+        ValueError: if environment, spaces or settings do not go together.
+    """
+    with _threads(run.threads):
+        given = _Given(environments, evaluation_environments, encoder, callbacks)
+        if environments is not None:
+            run = replace(run, environment=replace(run.environment, id=_given_id(environments)))
+        resolution = resolve_environments(run.environment if environments is None else environments, run.environment)
+        run = replace(run, environment=resolution.config)
+        evaluator = _evaluator(run, given)
+        with _session(run, given) as session, _new_directory(run) as directory:
+            write_file_atomically(directory.config_path, _config_file(run))
+            return Training(session, directory, evaluator, given.callbacks, notes=resolution.notes).finish()
+
+
+def resume(
+    directory: str | Path,
+    *,
+    run: Run | None = None,
+    steps: int | None = None,
+    environments: Source | None = None,
+    evaluation_environments: Source | None = None,
+    encoder: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Go on with a run from its newest whole checkpoint, as if it had never stopped.
+
+    Args:
+        directory: the run directory.
+        run: its configuration, needed only where the recipe uses classes of the user's own.
+        steps: a new total of environment steps.
+        environments, evaluation_environments, encoder, callbacks: as given to `train`.
+
+    Raises:
+        RunDirectoryError: if there is no run there or it is in use.
+        ResumeError: if the configuration, the spaces or the network changed.
+    """
+    directory = Path(directory)
+    with RunDirectory.open(directory) as opened:
+        run = read_run(directory) if run is None else _same(run, directory)
+        if steps is not None:
+            run = replace(run, steps=steps)
+        if environments is None and run.environment.id.startswith(_GIVEN):
+            raise ResumeError(
+                "this run was trained in an environment that was passed as an object or a function: pass it again, "
+                f"upslope.resume({str(directory)!r}, environments=...)"
+            )
+        given = _Given(environments, evaluation_environments, encoder, callbacks)
+        with _threads(run.threads), _session(run, given) as session:
+            training = Training(session, opened, _evaluator(run, given), given.callbacks, resumed=True)
+            write_file_atomically(opened.config_path, _config_file(run))
+            return training.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a configuration cannot hold."""
+
+    environments: Source | None
+    evaluation_environments: Source | None
+    encoder: nn.Module | None
+    callbacks: Sequence[Callback]
+
+
+def _given_id(source: Source) -> str:
+    name = getattr(source, "__name__", type(source).__name__)
+    return f"{_GIVEN}{name}"
+
+
+@contextmanager
+def _session(run: Run, given: _Given) -> Iterator[Session]:
+    source = run.environment if given.environments is None else given.environments
+    session = Session(run, make_environments(source, run.environment), encoder=given.encoder)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def _evaluator(run: Run, given: _Given) -> Evaluator:
+    source = given.evaluation_environments
+    if source is None and given.environments is not None:
+        if not isinstance(given.environments, Callable):
+            if run.evaluation.times or run.evaluation.final_episodes:
+                raise ValueError(
+                    "an environment passed as an object cannot be evaluated on separately: pass a function that makes "
+                    "one, or evaluation_environments, or EvaluationConfig(times=0, final_episodes=0) to go without"
+                )
+        else:
+            source = given.environments
+    wanted = run.evaluation
+    episodes = min(wanted.episodes, wanted.final_episodes or wanted.episodes)
+    environments = min(wanted.environments, episodes)
+    return Evaluator(run.environment, environments=environments, seed=run.seed, source=source)
+
+
+@contextmanager
+def _new_directory(run: Run) -> Iterator[RunDirectory]:
+    if run.name is None:
+        directory = RunDirectory.create_numbered(run.directory, run_name(run.recipe, run.seed))
+    else:
+        directory = RunDirectory.create(run.directory, run.name)
+    with directory:
+        yield directory
+
+
+def _config_file(run: Run) -> bytes:
+    packages = ("upslope", "torch", "numpy", "gymnasium", "safetensors")
+    tree = {
+        "run": config_to_tree(run),
+        "estimator": dict(run.algorithm.describe()),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+    return (json.dumps(tree, indent=2) + "\n").encode()
+
+
+def _same(run: Run, directory: Path) -> Run:
+    """The given configuration, if it differs from the recorded one only in what may change."""
+    recorded = recorded_run(directory)
+    settled = {name: recorded["environment"][name] for name in ("id", "vectorization", "resume")}
+    run = replace(run, environment=replace(run.environment, **settled))
+    given = json.loads(json.dumps(config_to_tree(run)))
+    changed = {name: pair for name, pair in differences(recorded, given).items() if not name.startswith(_MAY_CHANGE)}
+    if changed:
+        listed = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        raise ResumeError(f"the configuration is not the one the run was started with ({listed}); start a new run")
+    return run
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(limits=count):
+            yield
+    finally:
+        torch.set_num_threads(before)
