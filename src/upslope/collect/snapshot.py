@@ -89,6 +89,8 @@ def restore_environment(
 ) -> None:
     """Put a snapshot into an environment of the same make, fresh or used.
 
+    It is reset first: wrappers such as Gymnasium's checker refuse to step what they never saw begin.
+
     Raises:
         ValueError: if the snapshot is of other classes.
     """
@@ -98,6 +100,7 @@ def restore_environment(
             f"the checkpoint holds the state of {[entry['class'] for entry in tree]}, this environment is made of "
             f"{[qualified_name(layer) for layer in layers]}; resume with the environment the run was started with"
         )
+    environment.reset()
     for layer, entry in zip(layers, tree, strict=True):
         _restore_layer(layer, entry["state"])
 
