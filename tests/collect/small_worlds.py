@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import time
 from typing import Any
 
@@ -102,6 +103,7 @@ class Faulty(gymnasium.Env):
                 case "raise":
                     raise RuntimeError("the door is stuck")
                 case "segfault":
+                    faulthandler.disable()
                     ctypes.string_at(0)
                 case "hang":
                     time.sleep(3600)

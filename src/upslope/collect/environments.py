@@ -13,7 +13,7 @@ from upslope.spaces import Leaf, Space
 from upslope.streams import Purpose, stream
 from upslope.trajectory import ObservationArrays, Policy, Sampler, Trajectory, Tree
 
-_CHUNK = 128
+_CHUNK = 32
 
 
 class EnvironmentCollector:
@@ -30,6 +30,9 @@ class EnvironmentCollector:
         seed: of the run.
         rank: of this process, if there are several.
         truncation: what a time limit means.
+
+    Attributes:
+        steps_taken: environment steps of the last update, also those of episodes begun and left out.
 
     Raises:
         ValueError: unless exactly one of `steps` and `episodes` is given and positive.
@@ -60,6 +63,7 @@ class EnvironmentCollector:
         self._returns = np.zeros(environments.num_envs)
         self._finished: list[tuple[float, int]] = []
         self._next_update = 0
+        self.steps_taken = 0
 
     @property
     def observation_space(self) -> Space:
@@ -91,6 +95,7 @@ class EnvironmentCollector:
             self._observation = self.environments.reset(self._seeds(update))
         rollout = self._run(policy.sampler(), generator, self._observation, steps, update)
         self._observation = rollout.last
+        self.steps_taken = int(rollout.live.sum())
         time = rollout.decision_times(self._time)
         episodes, self._returns = rollout.episode_returns(self._returns)
         self._finished += [(total, int(time[row, position]) + 1) for position, row, total in episodes]
@@ -109,6 +114,7 @@ class EnvironmentCollector:
             counted += (chunks[-1].terminated | chunks[-1].truncated).sum(axis=1)
             refuse_endless(len(chunks) * _CHUNK, counted, quota)
         rollout = concatenate(chunks)
+        self.steps_taken = int(rollout.live.sum())
         time = rollout.decision_times(np.zeros_like(self._time))
         episodes, _ = rollout.episode_returns(np.zeros_like(self._returns))
         taken = np.zeros_like(quota)

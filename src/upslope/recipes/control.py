@@ -37,14 +37,14 @@ def cartpole_baseline() -> Run:
 
 
 def cartpole_actor_critic() -> Run:
-    """One-step actor-critic on CartPole-v1: a step of learning for every step of 8 environments."""
+    """One-step actor-critic on CartPole-v1: a step of learning for every step of 32 environments."""
     return Run(
         recipe="cartpole-actor-critic",
-        environment=EnvironmentConfig(id="CartPole-v1", count=8),
+        environment=EnvironmentConfig(id="CartPole-v1", count=32),
         algorithm=OneStepActorCritic(),
         rollout=RolloutConfig(steps=1),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear"),
-        steps=300_000,
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="linear"),
+        steps=500_000,
     )
 
 

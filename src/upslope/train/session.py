@@ -83,9 +83,8 @@ class Session:
         )
         policy.observe(trajectory)
         self.algorithm_state = learned.state
-        steps = int(trajectory.mask.sum())
         self.update += 1
-        self.steps += steps
+        self.steps += self.collector.steps_taken
         for episode_return, length in self.collector.finished():
             self.episodes += 1
             self.returns.append(episode_return)
