@@ -171,7 +171,7 @@ def test_recipes_are_listed_with_environment_algorithm_steps_and_a_line(
 def test_help_of_a_recipe_shows_every_setting_with_its_docstring_and_value(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", "cartpole-ppo", "--help"]) == 0
+    assert main(["train", "ppo-cleanrl", "--help"]) == 0
     out = " ".join(said(capsys)[0].replace("│", " ").split())
     assert "--algorithm.clip {None}|FLOAT How far the ratio may leave 1 before its gradient stops" in out
     assert "--optimizer.learning_rate FLOAT At the start of the run. (default: 0.00025)" in out
@@ -242,14 +242,14 @@ def test_a_setting_may_be_none() -> None:
 def test_describe_shows_the_estimator_and_every_setting_with_what_was_changed(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["describe", "cartpole-ppo", "--algorithm.clip", "0.1"]) == 0
+    assert main(["describe", "ppo-cleanrl", "--algorithm.clip", "0.1"]) == 0
     out, _ = said(capsys)
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert rows["Psi"] == ["GAE(gamma=0.99,", "lambda=0.95)"]
     assert rows["algorithm.clip"] == ["0.1", "0.2"]
     assert rows["algorithm.gamma"] == ["0.99"]
     assert rows["algorithm"] == ["PPO"]
-    assert rows["steps"] == ["250_000", "100_000"]
+    assert rows["steps"] == ["500_000", "100_000"]
     assert rows["policy.hidden"] == ["64", "64"]
 
 
