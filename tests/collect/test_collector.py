@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from small_worlds import Faulty, Walk
 
 from upslope.collect import (
+    EndlessEpisodeError,
     EnvironmentCollector,
     EnvironmentFailureError,
     GymnasiumVector,
@@ -236,3 +237,25 @@ def test_evaluation_refuses_returns_that_are_not_finite():
 
     with pytest.raises(NonFiniteError, match="check-env"):
         evaluate_policy(TickPolicy(), SyncEnvironments([Broken]), episodes=1, seed=0)
+
+
+def test_evaluation_gives_up_on_episodes_that_do_not_end():
+    environments = SyncEnvironments([lambda: Faulty("nothing")])
+    with pytest.raises(EndlessEpisodeError, match=r"environment 0 has not ended after 50 steps.*time_limit") as caught:
+        evaluate_policy(RandomPolicy(environments.action_space), environments, episodes=1, seed=0, episode_limit=50)
+    assert caught.value.index == 0
+
+
+def test_collecting_episodes_gives_up_on_those_that_do_not_end():
+    environments = SyncEnvironments([lambda: Faulty("nothing")] * 2)
+    collector = EnvironmentCollector(environments, episodes=2, seed=0, episode_limit=50)
+    with pytest.raises(EndlessEpisodeError, match="environment 0 has not ended after 64 steps"):
+        collector.collect(RandomPolicy(collector.action_space), 0)
+
+
+def test_many_short_episodes_are_not_one_endless_one():
+    environments = SyncEnvironments([Tick] * 2)
+    result = evaluate_policy(TickPolicy(), environments, episodes=20, seed=0, episode_limit=6)
+    assert result.lengths.tolist() == [5] * 20
+    collector = EnvironmentCollector(SyncEnvironments([Tick]), episodes=20, seed=0, episode_limit=6)
+    assert collector.collect(TickPolicy(), 0).shape == (20, 5)

@@ -12,6 +12,7 @@ from upslope.collect.conformance import tick_cases as tick_cases
 from upslope.collect.convert import convert_action_space as convert_action_space
 from upslope.collect.convert import convert_observation_space as convert_observation_space
 from upslope.collect.environments import EnvironmentCollector as EnvironmentCollector
+from upslope.collect.errors import EndlessEpisodeError as EndlessEpisodeError
 from upslope.collect.errors import EnvironmentFailureError as EnvironmentFailureError
 from upslope.collect.errors import NonFiniteError as NonFiniteError
 from upslope.collect.errors import UnknownEnvironmentError as UnknownEnvironmentError

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from upslope.collect.evaluation import environment_seeds, episode_quota, refuse_endless
+from upslope.collect.evaluation import EPISODE_LIMIT, environment_seeds, episode_quota, refuse_endless
 from upslope.collect.rollout import Rollout, Truncation, concatenate, seal_episodes, seal_fragments
 from upslope.collect.vector import VectorEnvironment
 from upslope.spaces import Leaf, Space
@@ -30,6 +30,7 @@ class EnvironmentCollector:
         seed: of the run.
         rank: of this process, if there are several.
         truncation: what a time limit means.
+        episode_limit: steps after which an episode counts as endless, where whole episodes are collected.
 
     Attributes:
         steps_taken: environment steps of the last update, also those of episodes begun and left out.
@@ -47,6 +48,7 @@ class EnvironmentCollector:
         seed: int,
         rank: int = 0,
         truncation: Truncation = "bootstrap",
+        episode_limit: int = EPISODE_LIMIT,
     ) -> None:
         if (steps is None) == (episodes is None):
             raise ValueError(f"give either steps or episodes per update, got steps={steps} and episodes={episodes}")
@@ -58,6 +60,7 @@ class EnvironmentCollector:
         self._seed = seed
         self._rank = rank
         self._truncation: Truncation = truncation
+        self._episode_limit = episode_limit
         self._observation: ObservationArrays | None = None
         self._time = np.zeros(environments.num_envs, dtype=np.int64)
         self._returns = np.zeros(environments.num_envs)
@@ -81,6 +84,7 @@ class EnvironmentCollector:
         Raises:
             NonFiniteError: if an observation, action or reward is NaN or infinite.
             EnvironmentFailureError: if an environment raises, crashes or hangs.
+            EndlessEpisodeError: if whole episodes are wanted and one does not end.
         """
         generator = stream(self._seed, Purpose.ACTION, self._rank, update)
         if self._length is None:
@@ -107,12 +111,15 @@ class EnvironmentCollector:
         assert quota is not None
         observation = self.environments.reset(self._seeds(update))
         sampler, chunks, counted = policy.sampler(), list[Rollout](), np.zeros_like(quota)
+        lengths = np.zeros_like(quota)
         while (counted < quota).any():
             chunks.append(self._run(sampler, generator, observation, _CHUNK, update))
             assert chunks[-1].last is not None
             observation = chunks[-1].last
-            counted += (chunks[-1].terminated | chunks[-1].truncated).sum(axis=1)
-            refuse_endless(len(chunks) * _CHUNK, counted, quota)
+            done = chunks[-1].terminated | chunks[-1].truncated
+            counted += done.sum(axis=1)
+            lengths = np.where(done.any(axis=1), done[:, ::-1].argmax(axis=1), lengths + _CHUNK)
+            refuse_endless(lengths, counted < quota, self._episode_limit)
         rollout = concatenate(chunks)
         self.steps_taken = int(rollout.live.sum())
         time = rollout.decision_times(np.zeros_like(self._time))

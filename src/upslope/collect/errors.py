@@ -15,6 +15,10 @@ class EnvironmentFailureError(RuntimeError):
         self.index = index
 
 
+class EndlessEpisodeError(EnvironmentFailureError):
+    """An episode that does not end, where whole episodes are wanted."""
+
+
 class NonFiniteError(ValueError):
     """An observation, action or reward is NaN or infinite."""
 

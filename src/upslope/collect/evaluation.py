@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from upslope.collect.errors import NonFiniteError
+from upslope.collect.errors import EndlessEpisodeError, NonFiniteError
 from upslope.collect.vector import VectorEnvironment
 from upslope.streams import Purpose, derived_seed, stream
 from upslope.trajectory import Policy
 
 _CHUNK = 128
-_STEP_LIMIT = 200_000
+EPISODE_LIMIT = 30_000
+"""Steps after which an episode counts as endless; the longest of Gymnasium's, Atari's, are truncated at 27,000."""
 
 
 def environment_seeds(seed: int, purpose: Purpose, rank: int, update: int, count: int) -> list[int]:
@@ -36,17 +37,23 @@ def episode_quota(episodes: int, count: int) -> np.ndarray:
     return np.full(count, episodes // count) + (np.arange(count) < episodes % count)
 
 
-def refuse_endless(steps: int, counted: np.ndarray, quota: np.ndarray) -> None:
-    """Give up on environments whose episodes do not end.
+def refuse_endless(lengths: np.ndarray, wanted: np.ndarray, limit: int) -> None:
+    """Give up on episodes that do not end.
+
+    Args:
+        lengths: [N] steps of the episodes under way.
+        wanted: [N] whether their ends are waited for.
+        limit: steps that one episode may take.
 
     Raises:
-        ValueError: naming the environment.
+        EndlessEpisodeError: naming the environment.
     """
-    behind = int(np.argmin(counted >= quota))
-    if steps > _STEP_LIMIT * int(quota[behind]):
-        raise ValueError(
-            f"environment {behind} has finished {counted[behind]} of {quota[behind]} episodes after {steps} steps: its "
-            "episodes do not end. Give it a time limit (EnvironmentConfig.time_limit)"
+    index = int(np.argmax(np.where(wanted, lengths, 0)))
+    if wanted[index] and lengths[index] >= limit:
+        raise EndlessEpisodeError(
+            f"the episode of environment {index} has not ended after {lengths[index]} steps. Give it a time limit "
+            "(EnvironmentConfig.time_limit); if its episodes are that long, raise episode_limit",
+            index,
         )
 
 
@@ -66,6 +73,7 @@ def evaluate_policy(
     seed: int,
     deterministic: bool = True,
     update: int = 0,
+    episode_limit: int = EPISODE_LIMIT,
 ) -> EvaluationResult:
     """Whole episodes of a policy.
 
@@ -76,9 +84,10 @@ def evaluate_policy(
         seed: of the run; environments and actions get streams of their own.
         deterministic: the most likely action instead of a sampled one.
         update: which of the run's evaluations this is: each has its own random numbers.
+        episode_limit: steps after which an episode counts as endless.
 
     Raises:
-        ValueError: if episodes do not end.
+        EndlessEpisodeError: if an episode does not end.
         NonFiniteError: if a reward is NaN or infinite.
     """
     count = environments.num_envs
@@ -106,7 +115,7 @@ def evaluate_policy(
                 results[index].append((float(returns[index]), int(lengths[index])))
             counted[step.finished] += 1
             returns[step.finished], lengths[step.finished] = 0.0, 0
-        refuse_endless(steps, counted, quota)
+        refuse_endless(lengths, counted < quota, episode_limit)
     kept = [entry for each, wanted in zip(results, quota, strict=True) for entry in each[:wanted]]
     totals = np.array([total for total, _ in kept])
     if not np.isfinite(totals).all():
