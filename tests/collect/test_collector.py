@@ -229,14 +229,24 @@ def test_evaluation_is_exact_whatever_the_way_to_reset(mode):
     assert result.lengths.tolist() == [5] * 5
 
 
-def test_evaluation_refuses_returns_that_are_not_finite():
-    class Broken(Tick):
-        def step(self, action):
-            observation, _, terminated, truncated, info = super().step(action)
-            return observation, float("nan"), terminated, truncated, info
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("observation", r"environment 1, step 7: the observation 'a' is nan \(element 1\)\..*check-env"),
+        ("reward", r"environment 1, step 6: the reward is inf\."),
+    ],
+)
+def test_evaluation_names_values_that_are_not_finite(fault, message):
+    environments = SyncEnvironments([lambda: Faulty("nothing"), lambda: Faulty(fault)])
+    with pytest.raises(NonFiniteError, match=message):
+        evaluate_policy(RandomPolicy(environments.action_space), environments, episodes=2, seed=0, episode_limit=50)
 
-    with pytest.raises(NonFiniteError, match="check-env"):
-        evaluate_policy(TickPolicy(), SyncEnvironments([Broken]), episodes=1, seed=0)
+
+def test_evaluation_names_actions_that_are_not_finite():
+    environments = SyncEnvironments([lambda: Walk(action_space=spaces.Box(-1, 1, (2,)))] * 2)
+    policy = Diverged(environments.action_space)
+    with pytest.raises(NonFiniteError, match=r"environment 1, step 5: the action is nan.*The policy has diverged"):
+        evaluate_policy(policy, environments, episodes=100, seed=0, deterministic=False)
 
 
 def test_evaluation_gives_up_on_episodes_that_do_not_end():

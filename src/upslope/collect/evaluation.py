@@ -9,7 +9,7 @@ import numpy as np
 from upslope.collect.errors import EndlessEpisodeError, NonFiniteError
 from upslope.collect.vector import VectorEnvironment
 from upslope.streams import Purpose, derived_seed, stream
-from upslope.trajectory import Policy
+from upslope.trajectory import ObservationArrays, Policy
 
 _CHUNK = 128
 EPISODE_LIMIT = 30_000
@@ -57,6 +57,29 @@ def refuse_endless(lengths: np.ndarray, wanted: np.ndarray, limit: int) -> None:
         )
 
 
+def refuse_unfinite(what: str, arrays: ObservationArrays, step: int) -> None:
+    """Refuse NaN and infinity in what one step of evaluation brought, [N, ...].
+
+    Raises:
+        NonFiniteError: with environment, step, what and value.
+    """
+    for name, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
+        if array.dtype.kind != "f" or np.isfinite(array).all():
+            continue
+        flat = array.reshape(len(array), -1)
+        index, element = (int(k) for k in np.argwhere(~np.isfinite(flat))[0])
+        label = f"{what} {name!r}" if name else what
+        where = f" (element {element})" if flat.shape[1] > 1 else ""
+        remedy = (
+            "The policy has diverged: lower the learning rate, clip gradients, or normalise observations and rewards"
+            if what == "action"
+            else "The environment gave it: `upslope check-env` tries the environment on its own"
+        )
+        raise NonFiniteError(
+            f"evaluation environment {index}, step {step}: the {label} is {flat[index, element]}{where}. {remedy}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationResult:
     """Raw, undiscounted returns and lengths of whole episodes, [episodes], ordered by environment, then by time."""
@@ -88,7 +111,7 @@ def evaluate_policy(
 
     Raises:
         EndlessEpisodeError: if an episode does not end.
-        NonFiniteError: if a reward is NaN or infinite.
+        NonFiniteError: if an observation, action or reward is NaN or infinite, naming environment, step and value.
     """
     count = environments.num_envs
     quota = episode_quota(max(episodes, count), count)
@@ -99,6 +122,7 @@ def evaluate_policy(
     counted = np.zeros_like(quota)
     returns, lengths, steps = np.zeros(count), np.zeros(count, dtype=np.int64), 0
     noise = np.zeros(0)
+    refuse_unfinite("observation", observation, 0)
     while (counted < quota).any():
         if deterministic:
             action = sampler.mode(observation)
@@ -106,8 +130,11 @@ def evaluate_policy(
             if steps % _CHUNK == 0:
                 noise = sampler.noise(generator, _CHUNK, count)
             action = sampler.sample(observation, noise[steps % _CHUNK])
+        refuse_unfinite("action", action, steps)
         step = environments.step(sampler.to_environment(action))
+        refuse_unfinite("reward", step.reward, steps)
         observation, steps = step.observation, steps + 1
+        refuse_unfinite("observation", observation, steps)
         returns += step.reward if step.live is None else np.where(step.live, step.reward, 0.0)
         lengths += 1 if step.live is None else step.live
         if step.finished is not None:
@@ -117,10 +144,6 @@ def evaluate_policy(
             returns[step.finished], lengths[step.finished] = 0.0, 0
         refuse_endless(lengths, counted < quota, episode_limit)
     kept = [entry for each, wanted in zip(results, quota, strict=True) for entry in each[:wanted]]
-    totals = np.array([total for total, _ in kept])
-    if not np.isfinite(totals).all():
-        raise NonFiniteError(
-            f"the return of evaluation episode {int(np.argmin(np.isfinite(totals)))} is not finite: the environment "
-            "gave a reward that is NaN or infinite; `upslope check-env` tries the environment on its own"
-        )
-    return EvaluationResult(returns=totals, lengths=np.array([length for _, length in kept]))
+    return EvaluationResult(
+        returns=np.array([total for total, _ in kept]), lengths=np.array([length for _, length in kept])
+    )
