@@ -419,3 +419,12 @@ def test_a_file_is_replaced_and_the_remains_of_a_dead_writer_go(tmp_path: Path) 
     write_file_atomically(tmp_path / "config.json", b"two")
     assert steps(tmp_path) == ["config.json"]
     assert (tmp_path / "config.json").read_bytes() == b"two"
+
+
+def test_checkpoints_known_to_be_damaged_take_no_place_and_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 9):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=None)
+    damaged = {tmp_path / "step-000000009"}
+    for step in (3, 4):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=2, uncounted=damaged)
+    assert sorted(int(path.name[-9:]) for path in tmp_path.iterdir()) == [3, 4, 9]

@@ -144,6 +144,20 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert remains(path) == undisturbed
 
 
+def test_after_a_damaged_checkpoint_as_many_whole_ones_are_kept_as_asked_for(unfinished: Run) -> None:
+    """Of 256 and a damaged 384, resuming makes one more where the run is stopped: 256 is kept beside it."""
+    checkpoints = unfinished.directory / "run" / "checkpoints"
+    (checkpoints / "step-000000384" / "tensors.safetensors").write_bytes(b"")
+    run = replace(unfinished, checkpoint=CheckpointConfig(times=0, keep=2))
+    resume(unfinished.directory / "run", run=run, callbacks=[lambda snapshot: True])
+    assert [path.name for path in sorted(checkpoints.iterdir())] == [
+        "step-000000256", "step-000000320", "step-000000384",
+    ]  # fmt: skip
+    resume(unfinished.directory / "run", run=run)
+    whole = [path for path in sorted(checkpoints.iterdir()) if (path / "tensors.safetensors").stat().st_size]
+    assert [path.name for path in whole] == ["step-000000320", "step-000000512"]
+
+
 def test_if_every_checkpoint_is_damaged_nothing_is_begun_anew(unfinished: Run) -> None:
     path = unfinished.directory / "run"
     for place in (path / "checkpoints").iterdir():

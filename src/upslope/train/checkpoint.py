@@ -5,7 +5,7 @@ policy folder one with `model.safetensors`, `config.json` and `MANIFEST.json`. R
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ class Checkpoint:
     path: Path
 
 
-def save_checkpoint(directory: Path, step: int, state: Tree, *, keep: int | None) -> Path:
+def save_checkpoint(
+    directory: Path, step: int, state: Tree, *, keep: int | None, uncounted: Collection[Path] = ()
+) -> Path:
     """Write `state` as `directory/step-000000060`, durably, and delete the oldest beyond `keep`.
 
     Args:
@@ -60,6 +62,7 @@ def save_checkpoint(directory: Path, step: int, state: Tree, *, keep: int | None
         state: what to store, see `encode_tree`; tensors come back on the CPU without gradients.
         keep: how many checkpoints stay, the one just written among them; None keeps all. Only directories that
             carry our manifest and hold nothing else count and go.
+        uncounted: checkpoints known to be of no use, found damaged say: they take no place among those kept, and stay.
 
     Raises:
         CheckpointError: a value that cannot be stored, or the file system refused. Older checkpoints are
@@ -74,7 +77,7 @@ def save_checkpoint(directory: Path, step: int, state: Tree, *, keep: int | None
     files = {"tensors.safetensors": pack_tensors(tensors), "state.json": document}
     prepare(directory, _CHECKPOINT, lambda name: _STEP.fullmatch(name) is not None)
     publish_folder(path, _CHECKPOINT, files, step=step)
-    _rotate(directory, path, keep)
+    _rotate(directory, path, keep, uncounted)
     return path
 
 
@@ -146,13 +149,16 @@ def _candidates(directory: Path) -> list[tuple[int, Path]]:
     ]
 
 
-def _rotate(directory: Path, newest: Path, keep: int | None) -> None:
+def _rotate(directory: Path, newest: Path, keep: int | None, uncounted: Collection[Path]) -> None:
     if keep is None:
         return
     others = [
         (step, path)
         for step, path in _candidates(directory)
-        if path != newest and path.name.startswith("step-") and carries_manifest(path, _CHECKPOINT, step)
+        if path != newest
+        and path not in uncounted
+        and path.name.startswith("step-")
+        and carries_manifest(path, _CHECKPOINT, step)
     ]
     for _, path in sorted(others, reverse=True)[keep - 1 :]:
         try:

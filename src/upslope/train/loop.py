@@ -91,6 +91,7 @@ class Training:
         self.callbacks = callbacks
         self.best = float("-inf")
         self.failed_saves = 0
+        self.damaged: set[Path] = set()
         self.evaluator = evaluator
         self.display = ProgressDisplay(run.steps, enabled=run.log.progress, title=directory.name)
         for note in notes:
@@ -107,16 +108,17 @@ class Training:
         self.logged_steps = session.steps
 
     def _restore(self) -> int:
-        damaged: list[str] = []
+        damaged: dict[Path, str] = {}
         found = latest_checkpoint(
-            self.directory.checkpoints, on_damaged=lambda path, error: damaged.append(f"{path.name}: {error}")
+            self.directory.checkpoints, on_damaged=lambda path, error: damaged.update({path: f"{path.name}: {error}"})
         )
+        self.damaged = set(damaged)
         if found is None and damaged:
             raise ResumeError(
-                f"no checkpoint of {self.directory.path} is whole: {'; '.join(damaged)}. Bring back one of them from a "
+                f"no checkpoint of {self.directory.path} is whole: {'; '.join(damaged.values())}. Bring back one of them from a "
                 "copy, or start a new run"
             )
-        for text in damaged:
+        for text in damaged.values():
             self._tell(f"damaged checkpoint skipped: {text}")
         if found is None:
             self._tell("no checkpoint yet: starting from the beginning")
@@ -252,7 +254,9 @@ class Training:
             "best": self.best,
             "log": self.log.cursor(),
         }
-        save_checkpoint(self.directory.checkpoints, session.steps, tree, keep=session.run.checkpoint.keep)
+        keep = session.run.checkpoint.keep
+        written = save_checkpoint(self.directory.checkpoints, session.steps, tree, keep=keep, uncounted=self.damaged)
+        self.damaged.discard(written)
         save(session.policy, self.directory.policy)
 
     def _rescue(self, error: Exception, *, with_environments: bool) -> None:
