@@ -10,27 +10,31 @@ from upslope.collect import (
     SyncEnvironments,
     UnsupportedSpaceError,
     convert_action_space,
-    convert_observation_space,
 )
 from upslope.collect.actions import RandomPolicy, random_action
+from upslope.collect.convert import ObservationLayout
 from upslope.spaces import Box, Composite, Discrete, MultiBinary, MultiDiscrete
+
+
+def _converted(space):
+    return ObservationLayout(space).space
 
 
 def test_each_observation_space_in_our_words():
     box = spaces.Box(np.array([-1.0, -np.inf]), np.array([1.0, 2.0]), dtype=np.float64)
-    assert convert_observation_space(box) == Box((2,), (-1.0, -np.inf), (1.0, 2.0), "float32")
+    assert _converted(box) == Box((2,), (-1.0, -np.inf), (1.0, 2.0), "float32")
     image = spaces.Box(0, 255, (8, 6, 3), np.uint8)
-    assert convert_observation_space(image) == Box((8, 6, 3), 0.0, 255.0, "uint8")
-    assert convert_observation_space(spaces.Discrete(3, start=-1)) == Discrete(3, -1)
-    assert convert_observation_space(spaces.MultiDiscrete([2, 5], start=[1, 0])) == MultiDiscrete((2, 5), (1, 0))
-    assert convert_observation_space(spaces.MultiBinary([2, 3])) == MultiBinary(6)
+    assert _converted(image) == Box((8, 6, 3), 0.0, 255.0, "uint8")
+    assert _converted(spaces.Discrete(3, start=-1)) == Discrete(3, -1)
+    assert _converted(spaces.MultiDiscrete([2, 5], start=[1, 0])) == MultiDiscrete((2, 5), (1, 0))
+    assert _converted(spaces.MultiBinary([2, 3])) == MultiBinary(6)
 
 
 def test_nested_spaces_are_flattened_to_paths():
     inner = spaces.Tuple((spaces.Discrete(2), spaces.MultiBinary(3)))
     nested = spaces.Dict({"a": inner, "b": spaces.Dict({"c": spaces.Box(0, 1, (2,))})})
     expected = (("a/0", Discrete(2)), ("a/1", MultiBinary(3)), ("b/c", Box((2,), 0.0, 1.0)))
-    assert convert_observation_space(nested) == Composite(expected)
+    assert _converted(nested) == Composite(expected)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,7 @@ def test_nested_spaces_are_flattened_to_paths():
 )
 def test_observations_without_array_form_are_refused_with_the_remedy(space, word):
     with pytest.raises(UnsupportedSpaceError, match=word):
-        convert_observation_space(space)
+        _converted(space)
 
 
 @pytest.mark.parametrize(

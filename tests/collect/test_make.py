@@ -75,6 +75,15 @@ def test_an_instance_is_reset_but_not_closed_when_rebuilt():
     assert closed == []
 
 
+def test_an_environment_that_says_it_is_empty_is_taken_all_the_same():
+    class Empty(Walk):
+        def __len__(self):
+            return 0
+
+    environment = Empty()
+    assert make_environments(environment).action_space.n == 3
+
+
 def test_one_instance_cannot_be_several():
     with pytest.raises(ValueError, match="pass a function that makes one"):
         make_environments(Walk(), EnvironmentConfig(count=2))

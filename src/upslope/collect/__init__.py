@@ -10,7 +10,6 @@ from upslope.collect.conformance import TickVector as TickVector
 from upslope.collect.conformance import tick_advantages as tick_advantages
 from upslope.collect.conformance import tick_cases as tick_cases
 from upslope.collect.convert import convert_action_space as convert_action_space
-from upslope.collect.convert import convert_observation_space as convert_observation_space
 from upslope.collect.environments import EnvironmentCollector as EnvironmentCollector
 from upslope.collect.errors import EndlessEpisodeError as EndlessEpisodeError
 from upslope.collect.errors import EnvironmentFailureError as EnvironmentFailureError

@@ -14,17 +14,6 @@ from upslope.spaces import Box, Composite, Discrete, Leaf, MultiBinary, MultiDis
 from upslope.trajectory import ObservationArrays, map_observation
 
 
-def convert_observation_space(space: gymnasium.Space[Any]) -> Space:
-    """What a policy sees, in our words: Dict and Tuple are flattened, the entry "b" of "a" is called "a/b".
-
-    Real boxes are seen as float32, whatever width the environment computes in; integer boxes keep their type.
-
-    Raises:
-        UnsupportedSpaceError: for a Text, Graph, Sequence or OneOf space, and for an empty or clashing Dict.
-    """
-    return ObservationLayout(space).space
-
-
 def convert_action_space(space: gymnasium.Space[Any]) -> Leaf:
     """What a policy may do, in our words.
 
@@ -159,11 +148,17 @@ def _entry(leaf: Leaf, name: str, path: tuple[Any, ...], theirs: tuple[int, ...]
 class ObservationLayout:
     """How observations of one space become arrays of ours.
 
+    Dict and Tuple are flattened: the entry "b" of "a" is called "a/b". Real boxes are seen as float32, whatever width
+    the environment computes in; integer boxes keep their type.
+
     Args:
         space: of one environment.
 
     Attributes:
         space: the same in our words.
+
+    Raises:
+        UnsupportedSpaceError: for a Text, Graph, Sequence or OneOf space, and for an empty or clashing Dict.
     """
 
     def __init__(self, space: gymnasium.Space[Any]) -> None:

@@ -145,7 +145,7 @@ def make_environments(
     if config.count < 1:
         raise ValueError(f"count is the number of environments and at least 1, got {config.count}")
     if "auto" in (config.vectorization, config.resume):
-        config = resolve_environments(thing or config, config, seed=seed, purpose=purpose).config
+        config = resolve_environments(config if thing is None else thing, config, seed=seed, purpose=purpose).config
     resume: Resume = "snapshot" if config.resume == "snapshot" else "rebuild"
     if isinstance(thing, VectorEnv):
         return GymnasiumVector(thing, resume=resume)

@@ -66,15 +66,6 @@ def qualified_name(thing: object) -> str:
     return f"{type(thing).__module__}:{type(thing).__qualname__}"
 
 
-def unsupported_layer(environment: gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]) -> str | None:
-    """The class of the first layer (wrapper or environment) whose state cannot be taken, or None if all can."""
-    for layer in _layers(environment):
-        known = qualified_name(layer) in _ATTRIBUTES or qualified_name(layer).startswith(_MUJOCO)
-        if not known and not isinstance(layer, Snapshotable):
-            return qualified_name(layer)
-    return None
-
-
 def snapshot_environment(environment: gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]) -> Tree:
     """The state of an environment and of the wrappers around it, outermost first.
 
