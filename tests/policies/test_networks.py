@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from upslope.policies import MLP, ImageEncoder, VectorEncoder
-from upslope.policies.fused import mlps, plain_mlps
+from upslope.policies.fused import _Arrays, mlps, plain_mlps
 from upslope.policies.networks import (
     NATURE_CNN,
     ActivationName,
@@ -90,6 +92,45 @@ def test_a_node_can_be_walked_back_twice_and_two_at_a_time() -> None:
         (plain,) = plain_mlps(features, (network.layout,), *network.tensors())
         (expected,) = torch.autograd.grad(plain.sum(), weight)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("uncounted", [0, 1])
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda array: array,
+        lambda array: array[5:].T,
+        lambda array: torch.from_numpy(array),
+        lambda array: torch.from_numpy(array)[3:, :2],
+        lambda array: memoryview(array),
+    ],
+)
+def test_memory_is_lent_to_one_holder_at_a_time_and_used_again(
+    hold: Callable[[np.ndarray], object], uncounted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the interpreter counts references: from Python 3.14 on, borrowed ones are left out."""
+    counted = sys.getrefcount
+    monkeypatch.setattr(sys, "getrefcount", lambda value: counted(value) - 1 - uncounted)
+    arrays, dtype = _Arrays(), np.dtype(np.float32)
+    first = arrays.empty(200, 100, dtype)
+    place = first.__array_interface__["data"]
+    assert first.shape == (200, 100)
+    assert first.dtype == dtype
+    assert first.flags.writeable
+    held = hold(first)
+    del first
+    others = [arrays.empty(200, 100, dtype) for _ in range(3)]
+    assert len({place, *(other.__array_interface__["data"] for other in others)}) == 4
+    del held
+    assert arrays.empty(200, 100, dtype).__array_interface__["data"] == place
+
+
+def test_no_more_memory_is_kept_than_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Arrays, "KEPT", 3 * 4 * 200 * 100)
+    arrays, dtype = _Arrays(), np.dtype(np.float32)
+    kept = [arrays.empty(200 + i, 100, dtype) for i in range(4)]
+    del kept
+    assert sum(memory.nbytes for shelf in arrays._shelves.values() for memory in shelf) <= _Arrays.KEPT
 
 
 def test_changing_a_weight_between_forward_and_backward_is_an_error() -> None:

@@ -8,10 +8,9 @@ closed forms fall back to when a backward pass must itself be differentiated (`c
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -38,11 +37,24 @@ def fusable(*tensors: Tensor) -> bool:
     return dtype in (torch.float32, torch.float64) and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
 
 
+class _Loan:
+    """Who holds a lent array: NumPy keeps this alive as long as any view or tensor of the memory, and it gives back."""
+
+    __slots__ = ("__array_struct__", "_memory", "_shelf")
+
+    def __init__(self, memory: np.ndarray, shelf: list[np.ndarray]) -> None:
+        self._memory, self._shelf = memory, shelf
+        self.__array_struct__: Any = memory.__array_struct__
+
+    def __del__(self) -> None:
+        self._shelf.append(self._memory)
+
+
 class _Arrays(threading.local):
-    """Memory for large intermediate arrays, used again once nobody but this holds it.
+    """Memory for large intermediate arrays, used again once nobody holds it any longer.
 
     The C library gives large freed blocks back to the operating system, and getting them again costs more than the
-    arithmetic done in them.
+    arithmetic done in them. What lies on a shelf is free; what is lent lies on none.
     """
 
     SMALLEST, LARGEST, KEPT = 1 << 14, 1 << 23, 1 << 28
@@ -56,18 +68,17 @@ class _Arrays(threading.local):
         if not self.SMALLEST <= rows * columns <= self.LARGEST:
             return np.empty((rows, columns), dtype=dtype)
         shelf = self._shelves.setdefault((rows, columns, dtype), [])
-        for array in shelf:
-            # The shelf, the loop variable and the argument: anybody else's view or tensor would count too.
-            if sys.getrefcount(array) == 3:
-                return array
-        array = np.empty((rows, columns), dtype=dtype)
-        if self._bytes + array.nbytes > self.KEPT:
-            self._shelves.clear()
-            self._bytes = 0
-            return array
-        shelf.append(array)
-        self._bytes += array.nbytes
-        return array
+        if shelf:
+            memory = shelf.pop()
+        else:
+            memory = np.empty((rows, columns), dtype=dtype)
+            if self._bytes + memory.nbytes > self.KEPT:
+                # Loans come back to shelves that nobody looks at any more, and are freed with them.
+                self._shelves.clear()
+                self._bytes = 0
+                return memory
+            self._bytes += memory.nbytes
+        return np.asarray(cast("Any", _Loan(memory, shelf)))
 
 
 _ARRAYS = _Arrays()
