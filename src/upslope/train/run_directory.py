@@ -34,7 +34,6 @@ class RunDirectory:
     | `checkpoints`       | directory of checkpoints                                    |
     | `policy`, `best`    | policy folders: the latest, and the best in evaluation      |
     | `tensorboard`       | event files                                                 |
-    | `report_path`       | `report.html`                                               |
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,16 +142,6 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         """The directory of TensorBoard event files."""
         return self.path / "tensorboard"
-
-    @property
-    def report_path(self) -> Path:
-        """Where the report page is."""
-        return self.path / "report.html"
-
-    @property
-    def locked(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._lock is not None
 
     def holds_run(self) -> bool:
         """Whether anything of a run is there already."""
