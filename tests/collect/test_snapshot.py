@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from small_worlds import Forgetful, Remembering, Walk
 from upslope.collect import EnvironmentCollector, EnvironmentConfig, make_environments, resolve_environments
 from upslope.collect.actions import RandomPolicy, random_action
 from upslope.collect.resume import freeze
+from upslope.train.typed_json import encode_tree
 
 EXACT = [
     ("CartPole-v1", "sync"),
@@ -29,7 +32,7 @@ def _environments(name, vectorization, resume="snapshot"):
 
 
 def _plain(tree):
-    """What a checkpoint may hold, after a checkpoint's way: arrays have become tensors."""
+    """What a checkpoint may hold."""
     match tree:
         case dict():
             assert all(isinstance(key, str) for key in tree)
@@ -37,7 +40,7 @@ def _plain(tree):
         case list() | tuple():
             return [_plain(value) for value in tree]
         case np.ndarray():
-            return torch.from_numpy(tree.copy())
+            return tree.copy()
         case _:
             assert tree is None or type(tree) in (bool, int, float, str), type(tree)
             assert not isinstance(tree, int) or abs(tree) < 2**53
@@ -94,6 +97,82 @@ def test_users_environments_are_tried_before_they_are_trusted(source, expected, 
     resolution = resolve_environments(source, EnvironmentConfig(vectorization="sync"))
     assert resolution.config.resume == expected
     assert why is None or any(why in note for note in resolution.notes)
+
+
+class Peculiar(Remembering):
+    """Remembers everything, but says so in some way of its own."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.kept = np.float64(0.25)
+
+    def reset(self, *, seed=None, options=None):
+        self.kept = np.float64(0.25)
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        assert type(self.kept) is np.float64
+        self.kept += self.position[0]
+        observation, reward, *rest = super().step(action)
+        return observation, reward + float(self.kept), *rest
+
+    def get_state(self):
+        said = {
+            "scalar": self.kept,
+            "tensor": torch.tensor(float(self.kept), dtype=torch.float64),
+            "tuple": (1, self.kept),
+            "object": object(),
+            "set": {1},
+            "key": {3: 1},
+            "array": np.array([None]),
+            "loop": [],
+        }
+        said["loop"].append(said["loop"])
+        if self.way == "missing":
+            raise KeyError("kept")
+        return {**super().get_state(), "said": said.get(self.way, self.kept)}
+
+    def set_state(self, state):
+        super().set_state(state)
+        if self.way == "setting":
+            raise TypeError("no, thanks")
+        said = state["said"]
+        match self.way:
+            case "tensor":
+                assert isinstance(said, torch.Tensor)
+                self.kept = np.float64(said.item())
+            case "tuple":
+                self.kept = said[1]
+            case _:
+                self.kept = said
+
+
+@pytest.mark.parametrize("way", ["scalar", "tensor", "tuple"])
+def test_states_of_users_environments_come_back_as_they_were_given(way):
+    resolution = resolve_environments(lambda: Peculiar(way), EnvironmentConfig(vectorization="sync"))
+    assert resolution.config.resume == "snapshot", resolution.notes
+    environments = make_environments(lambda: Peculiar(way), resolution.config)
+    environments.reset([1])
+    assert encode_tree(environments.snapshot())
+
+
+@pytest.mark.parametrize(
+    ("way", "problem"),
+    [
+        ("object", r"get_state\(\) returns\['said'\] is of the type object, which a checkpoint cannot hold"),
+        ("set", r"returns\['said'\] is of the type set"),
+        ("key", r"returns\['said'\] has the key 3; keys must be str"),
+        ("array", r"returns\['said'\] is of the type array of object"),
+        ("loop", r"contains itself"),
+        ("missing", r"Peculiar.get_state\(\) raised KeyError: 'kept'"),
+        ("setting", r"Peculiar.set_state\(state\) raised TypeError: no, thanks"),
+    ],
+)
+def test_states_that_a_checkpoint_cannot_hold_are_found_before_the_run(way, problem):
+    resolution = resolve_environments(lambda: Peculiar(way), EnvironmentConfig(vectorization="sync"))
+    assert resolution.config.resume == "rebuild"
+    assert re.search(problem, resolution.notes[-1])
 
 
 def test_snapshots_that_do_not_hold_are_refused_where_they_are_asked_for():

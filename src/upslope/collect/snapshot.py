@@ -22,11 +22,11 @@ class Snapshotable(Protocol):
     """An environment or wrapper that can say all it remembers (a wrapper: only what it adds to the one inside)."""
 
     def get_state(self) -> Tree:
-        """All that the next steps depend on: nested dicts and lists of numbers, strings, None and arrays."""
+        """All that the next steps depend on: nested dicts and lists of numbers, strings, None, arrays and tensors."""
         ...
 
     def set_state(self, state: Tree) -> None:
-        """Be in that state."""
+        """Be in that state, which is as `get_state` gave it, but for tuples, which have become lists."""
         ...
 
 
@@ -59,6 +59,13 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "gymnasium.wrappers.stateful_observation:TimeAwareObservation": ("timesteps",),
 }
 _MUJOCO = "gymnasium.envs.mujoco."
+_STORED = tuple(
+    np.dtype(code) for code in ("?", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8", "c8")
+)
+"""Types of arrays that a checkpoint can hold."""
+_DEPTH = 32
+_FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What mistakes in a user's get_state and set_state raise."""
 
 
 def qualified_name(thing: object) -> str:
@@ -108,10 +115,16 @@ def _layer_state(layer: Any) -> Tree:
     if name.startswith(_MUJOCO):
         return {"random": _generator_state(layer.np_random), **_mujoco_state(layer)}
     if name in _ATTRIBUTES:
-        attributes = {attribute: _plain(getattr(layer, attribute, None)) for attribute in _ATTRIBUTES[name]}
+        attributes = {
+            attribute: _plain(getattr(layer, attribute, None), f"{name}.{attribute}") for attribute in _ATTRIBUTES[name]
+        }
         return attributes if _is_wrapper(layer) else {"random": _generator_state(layer.np_random), **attributes}
     if isinstance(layer, Snapshotable):
-        return layer.get_state()
+        try:
+            state = layer.get_state()
+        except _FAULTS as error:
+            raise ValueError(f"{name}.get_state() raised {type(error).__name__}: {error}") from error
+        return _plain(state, f"what {name}.get_state() returns")
     raise ValueError(
         f"the state of {name} cannot be taken: give it get_state() and set_state(state), or run with resume='rebuild'"
     )
@@ -120,7 +133,10 @@ def _layer_state(layer: Any) -> Tree:
 def _restore_layer(layer: Any, state: Any) -> None:
     name = qualified_name(layer)
     if not name.startswith(_MUJOCO) and name not in _ATTRIBUTES:
-        cast("Snapshotable", layer).set_state(state)
+        try:
+            cast("Snapshotable", layer).set_state(_unplain(state))
+        except _FAULTS as error:
+            raise ValueError(f"{name}.set_state(state) raised {type(error).__name__}: {error}") from error
         return
     if not _is_wrapper(layer):
         layer.np_random = _generator(state["random"])
@@ -135,32 +151,56 @@ def _is_wrapper(layer: Any) -> bool:
     return isinstance(layer, gymnasium.Wrapper | gymnasium.vector.VectorWrapper)
 
 
-def _plain(value: Any) -> Tree:
-    """A value with its number type kept: NumPy scalars become arrays without dimensions, tuples become lists."""
+def _plain(value: Any, where: str, depth: int = 0) -> Tree:
+    """What a checkpoint can hold of a value: NumPy scalars become arrays without dimensions, tuples become lists.
+
+    Raises:
+        ValueError: naming the place of what it cannot hold.
+    """
     match value:
-        case None | bool() | str():
-            return value if value is None or isinstance(value, bool) else str(value)
-        case np.ndarray():
-            return value.copy()
-        case np.generic():
-            return np.array(value)
-        case int() | float():
+        case None | bool():
             return value
+        case str():
+            return str(value)
+        case np.generic():
+            return _plain(np.array(value), where)
+        case np.ndarray() if value.dtype in _STORED:
+            return np.array(value)
+        case torch.Tensor() if value.layout is torch.strided:
+            return value.detach().cpu().clone()
+        case int():
+            return int(value)
+        case float():
+            return float(value)
+        case dict() | list() | tuple() if depth >= _DEPTH:
+            raise ValueError(f"{where} is nested more than {_DEPTH} levels deep, or contains itself")
+        case dict():
+            for key in value:
+                if type(key) is not str:
+                    raise ValueError(f"{where} has the key {key!r}; keys must be str")
+            return {key: _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
         case _:
+            kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise ValueError(
-                f"a {type(value).__name__} is neither a plain value nor an array; run with resume='rebuild'"
+                f"{where} is of the type {kind}, which a checkpoint cannot hold: return dicts with str keys, lists, "
+                "None, bool, int, float, str, numeric arrays or tensors, or run with resume='rebuild'"
             )
 
 
 def _unplain(value: Tree) -> Any:
-    if isinstance(value, list | tuple):
-        return [_unplain(item) for item in value]
-    if isinstance(value, np.ndarray | torch.Tensor):
-        array = np.asarray(value).copy()
-        return array if array.ndim else array[()]
-    return value
+    match value:
+        case dict():
+            return {key: _unplain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_unplain(item) for item in value]
+        case np.ndarray():
+            return value.copy() if value.ndim else value[()]
+        case torch.Tensor():
+            return value.clone()
+        case _:
+            return value
 
 
 def _generator_state(generator: np.random.Generator) -> Tree:
