@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from upslope.train.log import MetricsLog, read_metrics
+from upslope.train.log import MetricsLog, read_metrics, require_wandb
 
 
 def test_one_strict_json_object_per_line(tmp_path: Path) -> None:
@@ -120,13 +120,12 @@ def test_without_tensorboard_the_run_goes_on_and_is_told_how_to_get_it(
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_wandb_asked_for_and_missing_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_asked_for_and_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    require_wandb()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"upslope\[wandb\]"):
-        MetricsLog(tmp_path / "metrics.jsonl", wandb="project")
-    assert not list(tmp_path.iterdir())
+        require_wandb()
 
 
 class PretendWandb:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -128,7 +129,7 @@ def test_a_run_that_is_being_trained_is_refused_to_others(tmp_path: Path) -> Non
     assert all("is in use by process" in text for text in refused)
 
 
-def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny(tmp_path)
     with pytest.raises(UnknownEnvironmentError, match=r"CartPool-v1.*Did you mean CartPole"):
         train(replace(run, environment=EnvironmentConfig(id="CartPool-v1")))
@@ -136,6 +137,9 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
         train(replace(run, algorithm=upslope.Reinforce(), rollout=RolloutConfig(steps=None, episodes=1)))
     with pytest.raises(ValueError, match="passed as an object"):
         train(replace(run, environment=EnvironmentConfig(count=1)), environments=gymnasium.make("CartPole-v1"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"upslope\[wandb\]"):
+        train(replace(run, log=LogConfig(wandb=True)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -47,13 +47,13 @@ class MetricsLog:
         path: the file; its directory exists.
         tensorboard: directory for TensorBoard events, or None. Without the package a message says how to get it and
             the run goes on.
-        wandb: the W&B project to mirror to, or None. It was asked for, so without the package the run is refused. The
-            run has the name of its directory there, and the configuration of the `config.json` beside the metrics.
+        wandb: the W&B project to mirror to, or None. The run has the name of its directory there, and the configuration
+            of the `config.json` beside the metrics. Without the
+            package it is dropped with a warning; `require_wandb` refuses beforehand.
         resume_at: what `cursor` said when the checkpoint was taken; None for a new run.
 
     Raises:
         FileExistsError: a new run finds metrics of another one.
-        ModuleNotFoundError: W&B was asked for and is not installed.
     """
 
     def __init__(
@@ -64,10 +64,6 @@ class MetricsLog:
         wandb: str | None = None,
         resume_at: int | None = None,
     ) -> None:
-        if wandb is not None and importlib.util.find_spec("wandb") is None:
-            raise ModuleNotFoundError(
-                "log.wandb is on but wandb is not installed: pip install 'upslope[wandb]', or set log.wandb to False"
-            )
         if resume_at is None and path.exists() and path.stat().st_size > 0:
             raise FileExistsError(
                 f"{path} already holds the metrics of a run: resume that run, or choose another name for this one"
@@ -139,6 +135,18 @@ class MetricsLog:
             )
             self._views.pop(name, None)
             self.dropped.append(name)
+
+
+def require_wandb() -> None:
+    """W&B was asked for, so a run without it is refused before anything of it is made.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise ModuleNotFoundError(
+            "log.wandb is on but wandb is not installed: pip install 'upslope[wandb]', or set log.wandb to False"
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Value]]:

@@ -18,6 +18,7 @@ from upslope.collect import Source, make_environments, resolve_environments
 from upslope.train.config import Run
 from upslope.train.config_file import config_to_tree, differences, read_run, recorded_run
 from upslope.train.evaluate import Evaluator
+from upslope.train.log import require_wandb
 from upslope.train.loop import Callback, Result, Training
 from upslope.train.run_directory import RunDirectory, run_name
 from upslope.train.session import ResumeError, Session
@@ -52,7 +53,10 @@ def train(
     Raises:
         RunDirectoryError: if the directory holds a run already or is in use.
         ValueError: if environment, spaces or settings do not go together.
+        ModuleNotFoundError: if Weights & Biases is asked for and not installed.
     """
+    if run.log.wandb:
+        require_wandb()
     with _threads(run.threads):
         given = _Given(environments, evaluation_environments, encoder, callbacks)
         if environments is not None:
@@ -92,6 +96,8 @@ def resume(
         run = read_run(directory) if run is None else _same(run, directory)
         if steps is not None:
             run = replace(run, steps=steps)
+        if run.log.wandb:
+            require_wandb()
         if environments is None and run.environment.id.startswith(_GIVEN):
             raise ResumeError(
                 "this run was trained in an environment that was passed as an object or a function: pass it again, "
