@@ -261,9 +261,8 @@ def test_squashed_log_prob_is_exact_far_out() -> None:
 
 
 @pytest.mark.parametrize("log_std", [-2.0, 0.0, 1.0])
-def test_squashed_entropy_is_close_and_says_it_is_an_estimate(log_std: float) -> None:
+def test_squashed_entropy_is_close(log_std: float) -> None:
     head = SquashedGaussian(np.array([-2.0]), np.array([1.0]))
-    assert not head.exact_entropy
     std = math.exp(log_std)
     u = torch.linspace(0.3 - 10 * std, 0.3 + 10 * std, 100_001, dtype=torch.float64)
     parameters = torch.tensor([[0.3, log_std]], dtype=torch.float64)
@@ -332,6 +331,33 @@ def test_impossible_bits_are_never_sampled_and_spoil_nothing() -> None:
     torch.testing.assert_close(entropy.detach(), torch.tensor([math.log(2.0), 0.0]))
     kl = head.kl(logits, logits.detach())
     assert bool(torch.isfinite(torch.stack([log_prob, entropy, kl])).all())
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_positions_that_are_no_steps_spoil_no_gradient(name: str, dtype: torch.dtype) -> None:
+    """They hold zeros for actions and weigh nothing: what is multiplied by 0 must be finite, its gradient too."""
+    head = EVERY[name]
+    parameters, action = drawn(head, 6)
+    parameters = parameters.to(dtype).requires_grad_()
+    action = action.to(dtype) if action.dtype.is_floating_point else action
+    action[2:] = 0
+    weight = torch.tensor([1.0, 0.5, 0.0, 0.0, 0.0, 0.0], dtype=dtype)
+    log_prob, entropy = head.log_prob_and_entropy(parameters, action)
+    assert bool(torch.isfinite(log_prob).all())
+    (gradient,) = torch.autograd.grad((weight * (log_prob + torch.exp(log_prob) + entropy)).sum(), parameters)
+    assert bool(torch.isfinite(gradient).all())
+    assert float(gradient[2:].abs().max()) == 0.0
+    assert float(gradient[:2].abs().max()) > 0.0
+
+
+@pytest.mark.parametrize(("x", "nearest"), [(0.0, 2.0**-24), (1.0, 1.0 - 2.0**-24)])
+def test_beta_actions_at_the_edge_count_as_the_nearest_sample(x: float, nearest: float) -> None:
+    head = Beta(np.zeros(1, dtype=np.float32), np.ones(1, dtype=np.float32))
+    parameters = torch.tensor([[0.3, -0.2]])
+    at, near = (head.log_prob_and_entropy(parameters, torch.tensor([[value]]))[0] for value in (x, nearest))
+    assert torch.equal(at, near)
+    assert bool(torch.isfinite(at))
 
 
 def test_distributions_select_detach_and_refuse_other_families() -> None:

@@ -147,8 +147,6 @@ class SquashedGaussian(Head):
     fixed quantiles of the normal distribution (Gauss-Hermite nodes): an estimate without sampling noise.
     """
 
-    exact_entropy = False
-
     def __init__(
         self,
         low: np.ndarray,
@@ -208,6 +206,8 @@ class Beta(Head):
     """
 
     PROPOSALS = 12
+    EDGE = 2.0**-24
+    """How near to 0 and 1 a sample comes at most: 1 - EDGE is the last float32 below 1."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
         self._bounds = _Bounds("beta", low.ravel(), high.ravel())
@@ -232,7 +232,7 @@ class Beta(Head):
         gamma = (d * np.take_along_axis(cube, first, axis=1))[:, 0, :]
         half = self.size // 2
         x = gamma[:, :half] / (gamma[:, :half] + gamma[:, half:])
-        return np.clip(x, 2.0**-24, 1.0 - 2.0**-24).astype(parameters.dtype)
+        return np.clip(x, self.EDGE, 1.0 - self.EDGE).astype(parameters.dtype)
 
     def mode(self, parameters: np.ndarray) -> np.ndarray:
         """(alpha - 1) / (alpha + beta - 2)."""
@@ -240,14 +240,18 @@ class Beta(Head):
         half = self.size // 2
         total = excess[:, :half] + excess[:, half:]
         x = np.where(total > 0.0, excess[:, :half], 0.5) / np.where(total > 0.0, total, 1.0)
-        return np.clip(x, 2.0**-24, 1.0 - 2.0**-24).astype(parameters.dtype)
+        return np.clip(x, self.EDGE, 1.0 - self.EDGE).astype(parameters.dtype)
 
     def to_environment(self, action: np.ndarray) -> np.ndarray:
         """Placed in the bounds, in the space's shape and number type."""
         return self._bounds.place(action, self._shape, self._dtype)
 
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi = (a-1) log x + (b-1) log(1-x) - log B(a, b) - log(high - low); the entropy is exact."""
+        """log pi = (a-1) log x + (b-1) log(1-x) - log B(a, b) - log(high - low); the entropy is exact.
+
+        An x that no sample can be, such as the 0 of a position that is no step, counts as the nearest that one can be.
+        """
+        action = action.clamp(self.EDGE, 1.0 - self.EDGE)
         alpha, beta = (1.0 + softplus(parameters)).chunk(2, dim=-1)
         log_beta = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
         log_prob = (alpha - 1.0) * torch.log(action) + (beta - 1.0) * torch.log1p(-action) - log_beta

@@ -42,14 +42,12 @@ class Head(ABC):
         constant: how many of the last parameters do not depend on the state.
         initial: [P] what a network should put out, on average, before any training.
         action_dimensions: 0 where an action is one number per step ([B, T]), 1 where it is several ([B, T, A]).
-        exact_entropy: False where the entropy is a numerical estimate.
     """
 
     size: int
     constant: int = 0
     initial: tuple[float, ...]
     action_dimensions: int = 1
-    exact_entropy: bool = True
 
     @abstractmethod
     def noise(self, generator: np.random.Generator, steps: int, environments: int) -> np.ndarray:
