@@ -24,7 +24,7 @@ from tiny_runs import remains, tiny
 
 import upslope
 from upslope import EnvironmentConfig, EvaluationConfig, LogConfig, OptimizerConfig, RolloutConfig, Run
-from upslope.collect import EnvironmentFailureError, NonFiniteError, UnknownEnvironmentError
+from upslope.collect import EndlessEpisodeError, EnvironmentFailureError, NonFiniteError, UnknownEnvironmentError
 from upslope.train import Snapshot, evaluate_run, load, resume, train
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint
 from upslope.train.config_file import read_run
@@ -420,6 +420,29 @@ def test_an_environment_that_fails_in_evaluation_loses_nothing_either(
     resume(tmp_path / "run", environments=make_cartpole, evaluation_environments=Faulty)
     found, expected = remains(tmp_path / "run")["session"], remains(undisturbed)["session"]
     assert (found["policy"], found["optimizer"]) == (expected["policy"], expected["optimizer"])
+
+
+class Endless(gymnasium.Env[Any, Any]):
+    """CartPole's spaces, and nothing ever happens."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (4,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(4, dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(4, dtype=np.float32), 0.0, False, False, {}
+
+
+def test_an_evaluation_that_does_not_end_loses_nothing_either(tmp_path: Path) -> None:
+    run = tiny(tmp_path, checkpoint=upslope.CheckpointConfig(times=0))
+    with pytest.raises(EndlessEpisodeError, match="has not ended after") as error:
+        train(run, environments=make_cartpole, evaluation_environments=Endless)
+    assert any("Everything learnt is saved" in note for note in error.value.__notes__)
+    assert (tmp_path / "run" / "checkpoints" / "step-000000256").is_dir()
+    assert resume(tmp_path / "run", environments=make_cartpole).steps == 512
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
