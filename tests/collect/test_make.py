@@ -48,6 +48,17 @@ def test_an_environments_own_vectorisation_is_taken_where_it_is_faster(count, ch
     assert environments.reset(range(count)).shape == (count, 4)
 
 
+@pytest.mark.parametrize("cores", [1, 8])
+@pytest.mark.parametrize("seconds", [1e-7, 1.0])
+@pytest.mark.parametrize(("count", "native"), [(15, False), (16, True)])
+def test_random_streams_are_never_chosen_by_the_clock(count, native, seconds, cores, monkeypatch):
+    """sync and async agree to the last bit, native has other random numbers: how fast the machine is must not tell."""
+    monkeypatch.setattr("upslope.collect.make.available_cores", lambda: cores)
+    monkeypatch.setattr("upslope.collect.make._seconds_per_step", lambda environments, seed: seconds)
+    config = resolve_environments("CartPole-v1", EnvironmentConfig(count=count, resume="rebuild")).config
+    assert (config.vectorization == "native") is native
+
+
 def test_what_is_settled_stays_settled():
     config = EnvironmentConfig(id="Pendulum-v1", vectorization="sync", resume="rebuild")
     assert resolve_environments(config).config == config
