@@ -3,16 +3,19 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from small_worlds import Spoken
 
 from upslope.collect import (
     EnvironmentCollector,
+    GymnasiumVector,
     SyncEnvironments,
     UnsupportedSpaceError,
     convert_action_space,
 )
 from upslope.collect.actions import RandomPolicy, random_action
 from upslope.collect.convert import ObservationLayout
+from upslope.policies import ActorCritic, ActorCriticConfig
 from upslope.spaces import Box, Composite, Discrete, MultiBinary, MultiDiscrete
 
 
@@ -180,3 +183,35 @@ def test_a_wrong_shape_is_refused_at_reset():
 def test_environments_of_different_spaces_do_not_go_together():
     with pytest.raises(ValueError, match="environment 1 has the spaces"):
         SyncEnvironments([lambda: Spoken(spaces.Discrete(2)), lambda: Spoken(spaces.Discrete(3))])
+
+
+@pytest.mark.parametrize("head", ["gaussian", "squashed_gaussian", "beta"])
+@pytest.mark.parametrize(
+    "action_space",
+    [
+        spaces.Box(-0.1, 0.1, (2,), np.float64),
+        spaces.Box(np.array([0.1, -np.inf]), np.array([0.7, 1e-9]), dtype=np.float64),
+        spaces.Box(-1.0, 1.0, (1, 2), np.float64),
+        spaces.Box(-0.1, 0.1, (2,), np.float16),
+    ],
+)
+def test_float32_policies_never_leave_a_box_of_another_width(action_space, head):
+    if head != "gaussian" and not action_space.is_bounded():
+        pytest.skip("needs bounds")
+    source = Spoken(spaces.Box(-1, 1, (3,)), action_space)
+    for environments in (
+        SyncEnvironments([lambda: source] * 2),
+        GymnasiumVector(SyncVectorEnv([lambda: source] * 2, autoreset_mode=AutoresetMode.SAME_STEP)),
+    ):
+        policy = ActorCritic(
+            environments.observation_space,
+            environments.action_space,
+            ActorCriticConfig(distribution=head, log_std_init=3.0),
+            generator=torch.Generator().manual_seed(0),
+        )
+        EnvironmentCollector(environments, steps=50, seed=0).collect(policy, 0)
+    assert len(source.taken) == 200
+    if head == "gaussian":
+        highest = np.array(source.taken).reshape(200, -1)[:, 0].max()
+        assert highest == pytest.approx(action_space.high.reshape(-1)[0])
+    assert all(action_space.contains(action) for action in source.taken)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from upslope.collect.convert import ObservationLayout, action_dtype, convert_action_space, copy_arrays
+from upslope.collect.convert import ObservationLayout, action_cast, convert_action_space, copy_arrays
 from upslope.collect.errors import EnvironmentFailureError, UnsupportedAutoresetError
 from upslope.collect.snapshot import restore_environment, snapshot_environment
 from upslope.collect.vector import Resume, Step
@@ -75,7 +75,7 @@ class GymnasiumVector:
         self._layout = ObservationLayout(environment.single_observation_space)
         self.observation_space: Space = self._layout.space
         self.action_space: Leaf = convert_action_space(environment.single_action_space)
-        self._action_dtype = action_dtype(environment.single_action_space)
+        self._cast = action_cast(environment.single_action_space)
         self._resetting = np.zeros(self.num_envs, dtype=bool)
         self._observation: ObservationArrays = self._layout.allocate(self.num_envs)
 
@@ -91,9 +91,7 @@ class GymnasiumVector:
     def step(self, action: np.ndarray) -> Step:
         """Take one action in each environment."""
         try:
-            theirs, reward, terminated, truncated, info = self._environment.step(
-                action.astype(self._action_dtype, copy=False)
-            )
+            theirs, reward, terminated, truncated, info = self._environment.step(self._cast(action))
         except Exception as error:
             raise EnvironmentFailureError(
                 f"the vector environment {self._environment} raised in step(): {type(error).__name__}: {error}", -1

@@ -12,7 +12,7 @@ from gymnasium.vector import VectorEnv
 from upslope.collect.actions import RandomPolicy, random_action
 from upslope.collect.autoreset import GymnasiumVector
 from upslope.collect.conformance import tick_cases
-from upslope.collect.convert import ObservationLayout, action_dtype, convert_action_space
+from upslope.collect.convert import ObservationLayout, action_cast, convert_action_space
 from upslope.collect.environments import EnvironmentCollector
 from upslope.collect.errors import EnvironmentFailureError, UnsupportedSpaceError
 from upslope.collect.evaluation import environment_seeds
@@ -118,7 +118,7 @@ def _check_single(factory: Factory, steps: int, seed: int) -> list[Finding]:
 
 
 def _actions(environment: gymnasium.Env[Any, Any], space: Leaf, steps: int, seed: int) -> list[Any]:
-    batch = random_action(space, np.random.default_rng(seed), steps).astype(action_dtype(environment.action_space))
+    batch = action_cast(environment.action_space)(random_action(space, np.random.default_rng(seed), steps))
     return batch.tolist() if batch.ndim == 1 else list(batch)
 
 
@@ -224,7 +224,7 @@ def _twin(factory: Factory, steps: int, seed: int) -> Finding:
     flags = np.zeros((2, steps), dtype=bool)
     rewards = np.zeros(steps)
     environment.reset(seed=environment_seeds(seed, Purpose.ENVIRONMENT, 0, 0, 1)[0])
-    actions = trajectory.action[0].numpy().astype(action_dtype(environment.action_space))
+    actions = action_cast(environment.action_space)(trajectory.action[0].numpy())
     for position, action in enumerate(actions.tolist() if actions.ndim == 1 else actions):
         observation, rewards[position], flags[0, position], flags[1, position], _ = environment.step(action)
         write(position, observation)

@@ -50,6 +50,22 @@ def action_dtype(space: gymnasium.Space[Any]) -> np.dtype[Any]:
     return np.dtype(space.dtype)
 
 
+def action_cast(space: gymnasium.Space[Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that gives actions, [N, ...], the number type the environment wants, without leaving its space.
+
+    Policies act in float32, and the float32 next to a float64 bound may lie beyond it: such boxes are clipped.
+    """
+    dtype = action_dtype(space)
+    if not isinstance(space, gymnasium.spaces.Box) or dtype != np.float64:
+        return lambda action: action.astype(dtype, copy=False)
+    low, high = space.low, space.high
+    with np.errstate(over="ignore"):
+        exact = all(np.array_equal(bound, bound.astype(np.float32)) for bound in (low, high))
+    if exact:
+        return lambda action: action.astype(dtype, copy=False)
+    return lambda action: np.minimum(np.maximum(action, low, dtype=dtype), high)
+
+
 def _bound(values: np.ndarray) -> float | tuple[float, ...]:
     flat = values.astype(np.float64).reshape(-1)
     if flat.size and (flat == flat[0]).all():

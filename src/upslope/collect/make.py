@@ -57,6 +57,14 @@ class EnvironmentConfig:
     resume: Literal["auto", "snapshot", "rebuild"] = "auto"
     """How environments go on after a checkpoint: from their state, or made anew there with open episodes truncated."""
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that have no meaning."""
+        for name, number in (("count", self.count), ("time_limit", self.time_limit), ("processes", self.processes)):
+            if number is not None and number < 1:
+                raise ValueError(f"environment.{name} must be at least 1, got {number}")
+        if not self.deadline > 0.0:
+            raise ValueError(f"environment.deadline is a positive number of seconds, got {self.deadline}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolution:
@@ -143,8 +151,6 @@ def make_environments(
         config = dataclasses.replace(config, vectorization="sync", resume="rebuild")
     if purpose is Purpose.EVALUATION_ENVIRONMENT:
         config = dataclasses.replace(config, resume="rebuild")
-    if config.count < 1:
-        raise ValueError(f"count is the number of environments and at least 1, got {config.count}")
     if "auto" in (config.vectorization, config.resume):
         config = resolve_environments(config if thing is None else thing, config, seed=seed, purpose=purpose).config
     resume: Resume = "snapshot" if config.resume == "snapshot" else "rebuild"

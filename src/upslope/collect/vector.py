@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import gymnasium
 import numpy as np
 
-from upslope.collect.convert import ObservationLayout, action_dtype, convert_action_space, copy_arrays
+from upslope.collect.convert import ObservationLayout, action_cast, convert_action_space, copy_arrays
 from upslope.collect.errors import EnvironmentFailureError, UnknownEnvironmentError
 from upslope.collect.snapshot import restore_environment, snapshot_environment
 from upslope.spaces import Discrete, Leaf, Space
@@ -159,7 +159,7 @@ class SyncEnvironments:
         self._layout = ObservationLayout(first.observation_space)
         self.observation_space: Space = self._layout.space
         self.action_space: Leaf = convert_action_space(first.action_space)
-        self._action_dtype = action_dtype(first.action_space)
+        self._cast = action_cast(first.action_space)
         self._scalar_action = isinstance(self.action_space, Discrete)
         for index, environment in enumerate(self._environments):
             ours = (
@@ -219,7 +219,7 @@ class SyncEnvironments:
         if self._ended:
             terminated[:] = False
             truncated[:] = False
-        actions = action.tolist() if self._scalar_action else action.astype(self._action_dtype, copy=False)
+        actions = action.tolist() if self._scalar_action else self._cast(action)
         finished: list[int] = []
         index, current = 0, arrays.current
         try:
