@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from upslope.algorithms import A2C, PPO, OneStepActorCritic, Reinforce
 from upslope.algorithms.protocol import ScheduleName
@@ -65,6 +65,8 @@ class OptimizerConfig:
             raise ValueError(
                 f"max_gradient_norm must be positive, or None for no clipping; got {self.max_gradient_norm}"
             )
+        if not all(0.0 <= decay < 1.0 for decay in (*self.betas, self.decay)):
+            raise ValueError(f"betas and decay are at least 0 and below 1, got {self.betas} and {self.decay}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +156,11 @@ class Run:
         """Refuse combinations that have no meaning."""
         _at_least(1, steps=self.steps, threads=self.threads)
         _at_least(0, seed=self.seed)
+        if not 0.0 <= self.algorithm.gamma <= 1.0:
+            raise ValueError(f"gamma is a discount factor from 0 to 1, got {self.algorithm.gamma}")
+        own = (self.algorithm,) if type(self.algorithm) in get_args(AlgorithmConfig) else ()
+        for part in (self.environment, self.policy, self.optimizer, *own):
+            _check_choices(part)
         if self.algorithm.passes.whole_episodes and self.rollout.episodes is None:
             raise ValueError(
                 f"{type(self.algorithm).__name__} needs whole episodes: set rollout.episodes (16, say) and "
@@ -163,6 +170,15 @@ class Run:
             raise ValueError(f"{type(self.algorithm).__name__} needs a critic: set policy.critic to True")
         if self.policy.normalize_reward and self.rollout.steps is None:
             raise ValueError("normalize_reward follows each environment step by step: set rollout.steps, not episodes")
+
+
+def _check_choices(settings: Any) -> None:
+    """Refuse a word that is none of those a setting may be."""
+    for name, kind in get_type_hints(type(settings)).items():
+        chosen = getattr(settings, name)
+        if get_origin(kind) is Literal and chosen not in get_args(kind):
+            choices = ", ".join(map(repr, get_args(kind)))
+            raise ValueError(f"{type(settings).__name__}.{name} must be one of {choices}, got {chosen!r}")
 
 
 def _at_least(least: int, **settings: float) -> None:
