@@ -280,8 +280,11 @@ def test_a_run_from_training_to_comparison(here: Path, capsys: pytest.CaptureFix
     runs = ["runs/cartpole-ppo-seed1", "runs/cartpole-ppo-seed2"]
     assert main(["compare", *runs, "--out", "curves.svg", "--json", "figures.json"]) == 0
     out, _ = said(capsys)
-    assert re.search(r"cartpole-ppo +│ +2 │ +512 │", out)
+    assert re.search(r"^cartpole-ppo +2 +512 ", out, re.MULTILINE)
     assert (here / "curves.svg").stat().st_size > 1000
+    assert main(["compare", *runs]) == 0
+    assert "picture: compare.png" in said(capsys)[0]
+    assert (here / "compare.png").read_bytes().startswith(b"\x89PNG")
     (group,) = json.loads((here / "figures.json").read_text())["groups"]
     assert [run["seed"] for run in group["runs"]] == [1, 2]
 

@@ -86,14 +86,14 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare runs: those that differ by their seed alone form a group, with interquartile mean and interval."""
+    """Compare runs: those that learn alike from other seeds are a group, with interquartile mean and interval."""
 
     runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
     """Run directories."""
     metric: str | None = None
     """A name from metrics.jsonl; the mean evaluation return with the most likely actions if not given."""
     out: Path | None = None
-    """Draw the learning curves here (.png, .svg or .pdf)."""
+    """Draw the learning curves here (.png, .svg or .pdf); compare.png in the working directory if not given."""
     json: Path | None = None
     """Write the figures here."""
     title: str | None = None
@@ -229,13 +229,17 @@ def _compare(arguments: list[str]) -> int:
 
     comparison = compare(command.runs, metric=command.metric or DEFAULT_METRIC)
     console = Console()
-    console.print(comparison.table())
+    console.print(comparison.table(width=console.width))
     if command.json is not None:
         command.json.parent.mkdir(parents=True, exist_ok=True)
         command.json.write_text(json.dumps(comparison.tree(), indent=2) + "\n", "utf-8")
         _say(console, f"figures: {command.json}")
-    if command.out is not None:
-        _say(console, f"picture: {draw(comparison, command.out, title=command.title)}")
+    try:
+        _say(console, f"picture: {draw(comparison, command.out or Path('compare.png'), title=command.title)}")
+    except ModuleNotFoundError as error:
+        if command.out is not None:
+            raise
+        _say(console, f"no picture: {error}")
     return DONE
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,14 @@ from upslope.report import bootstrap_interval, compare, draw, interquartile_mean
 
 
 def make_run(
-    root: Path, *, seed: int, finals: list[float], clip: float = 0.2, recipe: str = "cartpole-ppo", every: int = 100
+    root: Path,
+    *,
+    seed: int,
+    finals: list[float],
+    clip: float = 0.2,
+    recipe: str = "cartpole-ppo",
+    every: int = 100,
+    **changes: object,
 ) -> Path:
     directory = root / f"{recipe}-{clip}-seed{seed}"
     directory.mkdir(parents=True)
@@ -27,6 +35,7 @@ def make_run(
         "directory": str(root),
         "algorithm": {"class": "PPO", "clip": clip},
         "log": {"class": "LogConfig", "progress": seed == 1},
+        **changes,
     }
     (directory / "config.json").write_text(json.dumps({"run": settings, "versions": {}}))
     lines: list[dict] = []
@@ -118,12 +127,55 @@ def test_training_metrics_can_be_compared_too(tmp_path: Path) -> None:
 def test_the_table_names_groups_seeds_and_figures(tmp_path: Path) -> None:
     comparison = compare([make_run(tmp_path, seed=seed, finals=[0, 10.0 * seed]) for seed in (1, 2)])
     console = Console(file=io.StringIO(), width=140)
-    console.print(comparison.table())
+    console.print(comparison.table(width=140))
     assert isinstance(console.file, io.StringIO)
     row = next(line for line in console.file.getvalue().splitlines() if "cartpole-ppo" in line)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+    assert re.split(r"\s{2,}", row.strip()) == [
         "cartpole-ppo", "2", "200", "15.0", "10.0 to 20.0", "10.0", "20.0",
     ]  # fmt: skip
+
+
+def environment(**settings: object) -> dict[str, object]:
+    plain = {"truncation": "bootstrap", "vectorization": "sync", "processes": None, "deadline": 60.0}
+    return {"class": "EnvironmentConfig", **plain, **settings}
+
+
+def test_what_does_not_change_learning_makes_no_group_of_its_own(tmp_path: Path) -> None:
+    same = [
+        {},
+        {"environment": environment(vectorization="async", processes=2, deadline=5.0)},
+        {"evaluation": {"class": "EvaluationConfig", "times": 3}},
+        {"log": {"class": "LogConfig", "every_steps": 7}},
+        {"checkpoint": {"class": "CheckpointConfig", "keep": 9}},
+        {"threads": 2},
+    ]
+    other = [{"environment": environment(vectorization="native")}, {"environment": environment(truncation="other")}]
+    runs = [
+        make_run(tmp_path, seed=seed, finals=[1, 2], **{"environment": environment(), **changes})
+        for seed, changes in enumerate(same + other)
+    ]
+    assert sorted(len(group.runs) for group in compare(runs).groups) == [1, 1, len(same)]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_word_of_the_table_is_broken(tmp_path: Path, width: int) -> None:
+    runs = [
+        make_run(
+            tmp_path / truncation,
+            seed=1,
+            finals=[-1000, -1234.5],
+            recipe="pendulum-ppo",
+            every=100_000,
+            environment=environment(truncation=truncation),
+        )
+        for truncation in ("bootstrap", "as_termination")
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(compare(runs).table(width=width))
+    assert isinstance(console.file, io.StringIO)
+    words = console.file.getvalue().split()
+    for word in ("pendulum-ppo", "(environment.truncation=as_termination)", "-1,234.5", "200,000", "interval", "seeds"):
+        assert word in words
 
 
 def test_the_tree_is_strict_json(tmp_path: Path) -> None:

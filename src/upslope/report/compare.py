@@ -1,4 +1,4 @@
-"""Several runs side by side: runs that differ by their seed alone form a group, groups are compared.
+"""Several runs side by side: runs that learn the same way from other seeds form a group, groups are compared.
 
 Per group and step: the interquartile mean over seeds and its 95 % bootstrap interval.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console, RenderableType
+from rich.console import Group as RenderedTogether
 from rich.table import Table
 
 from upslope.report.statistics import bootstrap_interval, interquartile_mean
@@ -21,9 +23,12 @@ from upslope.train.config_file import differences
 from upslope.train.log import Value, read_metrics
 
 DEFAULT_METRIC = "deterministic_mean"
-_NOT_LEARNING = ("seed", "name", "directory", "log", "checkpoint", "threads")
+_NOT_LEARNING = ("seed", "name", "directory", "log", "checkpoint", "evaluation", "threads")
+_NOT_LEARNING_OF_ENVIRONMENTS = ("deadline", "processes")
 _POINTS = 100
 _LABELLED = 3
+_WIDE = 10_000
+"""Columns that everything fits in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +57,7 @@ class RunCurve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Runs that differ by their seed alone.
+    """Runs that learn the same way, each from its seed.
 
     Attributes:
         label: recipe, and the settings in which it differs from the other groups of that recipe.
@@ -84,20 +89,29 @@ class Comparison:
     metric: str
     groups: tuple[Group, ...]
 
-    def table(self) -> Table:
-        """For a terminal."""
-        table = Table(title=f"{describe_metric(self.metric)}, at the end of each run", title_justify="left")
-        table.add_column("runs", overflow="fold")
-        table.add_column("seeds", justify="right")
-        table.add_column("steps", justify="right")
-        table.add_column("IQM", justify="right", style="bold")
-        table.add_column("95 % interval", justify="right")
-        table.add_column("worst", justify="right")
-        table.add_column("best", justify="right")
-        for group in self.groups:
+    def table(self, *, width: int) -> RenderableType:
+        """For a terminal of `width` columns; labels that do not fit beside the figures stand below."""
+        labels = [group.label for group in self.groups]
+        beside = self._figures(labels)
+        if Console(width=_WIDE).measure(beside).minimum <= width:
+            return beside
+        numbers = [str(number) for number in range(1, len(labels) + 1)]
+        below = Table.grid(padding=(0, 2))
+        for number, label in zip(numbers, labels, strict=True):
+            below.add_row(number, label)
+        return RenderedTogether(self._figures(numbers), "", below)
+
+    def _figures(self, names: Sequence[str]) -> Table:
+        """One row per group under these names; only a name may be broken between its words."""
+        title = f"{describe_metric(self.metric)}, at the end of each run"
+        table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+        table.add_column("runs")
+        for heading in ("seeds", "steps", "IQM", "95 % interval", "worst", "best"):
+            table.add_column(heading, justify="right", no_wrap=True, style="bold" if heading == "IQM" else "")
+        for name, group in zip(names, self.groups, strict=True):
             interval = "-" if math.isnan(group.final_low) else f"{group.final_low:,.1f} to {group.final_high:,.1f}"
             table.add_row(
-                group.label,
+                name,
                 str(len(group.runs)),
                 f"{max(int(run.steps[-1]) for run in group.runs):,}",
                 f"{group.final_mean:,.1f}",
@@ -134,7 +148,7 @@ class Comparison:
 
 
 def compare(directories: Sequence[Path], *, metric: str = DEFAULT_METRIC) -> Comparison:
-    """Read runs, group those that differ by seed alone, and take interquartile means over seeds.
+    """Read runs, group those that learn the same way, and take interquartile means over their seeds.
 
     Args:
         directories: of the runs; each at most once.
@@ -222,8 +236,19 @@ def _no_such_metric(directory: Path, metric: str, records: Sequence[Mapping[str,
 
 
 def _learning(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is learnt, the seed apart."""
-    return {name: value for name, value in settings.items() if name not in _NOT_LEARNING}
+    """The settings that decide what is learnt, the seed apart.
+
+    Environments do the same in this process as in worker processes; a vectorisation of their own has random numbers
+    of its own.
+    """
+    kept = {name: value for name, value in settings.items() if name not in _NOT_LEARNING}
+    environment = kept.get("environment")
+    if isinstance(environment, Mapping):
+        plain = {name: value for name, value in environment.items() if name not in _NOT_LEARNING_OF_ENVIRONMENTS}
+        if plain.get("vectorization") in ("sync", "async"):
+            del plain["vectorization"]
+        kept["environment"] = plain
+    return kept
 
 
 def _labels(runs: Sequence[RunCurve]) -> list[str]:
@@ -239,7 +264,7 @@ def _labels(runs: Sequence[RunCurve]) -> list[str]:
             for name, pair in differences(_learning(other.settings), mine).items()
             if not name.endswith("class")
         }
-        shown = [f"{name}={value}" for name, value in list(changed.items())[:_LABELLED]]
+        shown = [f"{name}={value}" for name, value in sorted(changed.items())[:_LABELLED]]
         more = ", ..." if len(changed) > _LABELLED else ""
         labels.append(f"{recipes[index]} ({', '.join(shown)}{more})" if shown else recipes[index])
     return labels

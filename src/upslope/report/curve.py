@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from upslope.report.compare import DEFAULT_METRIC, Comparison, Group, compare, d
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Told apart by colour-blind readers too (Okabe and Ito)."""
 _FORMATS = (".png", ".svg", ".pdf")
+_LINE, _HANDLE = 90, 6
+"""Characters that fit below the axes, and those that a label's sample of its line takes."""
+_LINE_HEIGHT = 0.2
+"""Inches of one line of the legend."""
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -84,11 +89,22 @@ def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Pat
         axes.margins(x=0.02)
         if title is not None:
             axes.set_title(title)
-        axes.legend(loc="best")
+        _place_legend(figure, axes)
         path.parent.mkdir(parents=True, exist_ok=True)
         undated = {"Date": None} if path.suffix.lower() == ".svg" else {}
         figure.savefig(path, metadata=undated)
     return path
+
+
+def _place_legend(figure: Any, axes: Any) -> None:
+    """Below the axes, where it hides no curve, in as many columns as its labels leave room for."""
+    lines, labels = axes.get_legend_handles_labels()
+    labels = [textwrap.fill(label, _LINE, break_long_words=False) for label in labels]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(labels), _LINE // (longest + _HANDLE)))
+    rows = sum(label.count("\n") + 1 for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + _LINE_HEIGHT * rows)
+    figure.legend(lines, labels, loc="outside lower left", ncols=columns)
 
 
 def _draw_group(axes: Any, group: Group, colour: str) -> None:
