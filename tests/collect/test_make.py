@@ -193,3 +193,35 @@ def test_atari_frames_are_grey_small_and_stacked():
     assert environments.observation_space.is_image
     environments.step(np.zeros(1, dtype=np.int64))
     environments.close()
+
+
+def _breakout(**settings):
+    pytest.importorskip("ale_py")
+    return environment_factory(EnvironmentConfig(id="ALE/Breakout-v5", preprocessing="atari", **settings))()
+
+
+def test_a_policy_that_only_waits_is_served_every_ball():
+    """Untrained greedy policies do nothing: without FIRE Breakout would stand still for 27,000 steps."""
+    game = _breakout(kwargs={"repeat_action_probability": 0.0})
+    game.reset(seed=0)
+    ended, steps, lives = False, 0, set()
+    while not ended and steps < 1000:
+        _, _, terminated, truncated, info = game.step(0)
+        ended, steps = terminated or truncated, steps + 1
+        lives.add(info["lives"])
+    assert ended
+    assert lives == {5, 4, 3, 2, 1, 0}
+
+
+def test_time_limits_of_games_count_decisions_not_frames():
+    game = _breakout(time_limit=20)
+    game.reset(seed=0)
+    assert [game.step(0)[3] for _ in range(20)] == [False] * 19 + [True]
+
+
+def test_games_without_fire_are_left_alone():
+    pytest.importorskip("ale_py")
+    game = environment_factory(EnvironmentConfig(id="ALE/Freeway-v5", preprocessing="atari"))()
+    frames, _ = game.reset(seed=0)
+    assert "FIRE" not in game.unwrapped.get_action_meanings()
+    assert (frames == frames[0]).all()

@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from upslope.collect import atari
 from upslope.collect.actions import random_action
 from upslope.collect.autoreset import GymnasiumVector
 from upslope.collect.errors import UnknownEnvironmentError
@@ -45,9 +46,9 @@ class EnvironmentConfig:
     kwargs: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
     """Arguments of the environment's constructor."""
     time_limit: int | None = None
-    """Steps after which an episode is truncated; None for the environment's own limit."""
+    """Decisions after which an episode is truncated; None for the environment's own limit."""
     preprocessing: Literal["none", "atari"] = "none"
-    """atari: 84 x 84 grey frames, every 4th, the last 4 stacked; up to 30 idle steps at the start."""
+    """atari: 84 x 84 grey frames, every 4th, the last 4 stacked; up to 30 idle steps, then FIRE at every serve."""
     truncation: Truncation = "bootstrap"
     """What a time limit means. as_termination counts it as death, which is wrong: it is there to be compared."""
     deadline: float = 60.0
@@ -199,7 +200,7 @@ def _factory(
         if source is None:
             return _preprocessed(_make_by_id(config, render_mode), config)
         environment = source if isinstance(source, gymnasium.Env) else source()
-        if config.time_limit is not None:
+        if config.time_limit is not None and config.preprocessing == "none":
             environment = gymnasium.wrappers.TimeLimit(environment, config.time_limit)
         return _preprocessed(environment, config)
 
@@ -208,21 +209,20 @@ def _factory(
 
 def _make_by_id(config: EnvironmentConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]:
     kwargs: dict[str, Any] = dict(config.kwargs)
+    limit = config.time_limit if config.preprocessing == "none" else None
     if config.preprocessing == "atari":
         kwargs.setdefault("frameskip", 1)
     if render_mode is not None:
         kwargs["render_mode"] = render_mode
 
     def make() -> gymnasium.Env[Any, Any]:
-        return gymnasium.make(config.id, max_episode_steps=config.time_limit, disable_env_checker=True, **kwargs)
+        return gymnasium.make(config.id, max_episode_steps=limit, disable_env_checker=True, **kwargs)
 
     return _explained(config.id, make)
 
 
 def _preprocessed(environment: gymnasium.Env[Any, Any], config: EnvironmentConfig) -> gymnasium.Env[Any, Any]:
-    if config.preprocessing == "none":
-        return environment
-    return gymnasium.wrappers.FrameStackObservation(gymnasium.wrappers.AtariPreprocessing(environment), 4)
+    return environment if config.preprocessing == "none" else atari.preprocess(environment, config.time_limit)
 
 
 def _explained(name: str, make: Callable[[], Any]) -> Any:
