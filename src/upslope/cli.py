@@ -165,9 +165,9 @@ def _resume(arguments: list[str]) -> int:
     command = parse(Resume, arguments, program="upslope resume")
     from upslope.recipes import load_recipe
     from upslope.train import resume
-    from upslope.train.config_file import read_run
+    from upslope.train.config_file import read_run, recorded_run
 
-    given = None if command.recipe is None else as_recorded(load_recipe(command.recipe), _record(command.run)[0])
+    given = None if command.recipe is None else as_recorded(load_recipe(command.recipe), recorded_run(command.run))
     run = read_run(command.run) if given is None else given
     start = time.monotonic()
     result = resume(command.run, run=given, steps=command.steps)
@@ -205,12 +205,13 @@ def _describe(arguments: list[str]) -> int:
         print(_DESCRIBE_HELP)
         return DONE
     from upslope.report.terminal import default_settings, estimator_table, settings_table
-    from upslope.train.config_file import config_to_tree
+    from upslope.train.config_file import config_to_tree, recorded_estimator, recorded_run
 
     if arguments and Path(arguments[0]).is_dir():
         directory = Path(arguments[0])
         parse(Nothing, arguments[1:], program=f"upslope describe {arguments[0]}")
-        (tree, estimator), defaults = _record(directory), _recorded_defaults(directory)
+        tree, estimator = recorded_run(directory), recorded_estimator(directory)
+        defaults = _recorded_defaults(directory)
     else:
         _, run = _configured(arguments, "describe")
         tree, estimator, defaults = config_to_tree(run), run.algorithm.describe(), default_settings(run)
@@ -266,18 +267,6 @@ def _configured(arguments: list[str], command: str) -> tuple[str, Run]:
     if ":" in name and run.recipe == default_settings(run)["recipe"]:
         run = dataclasses.replace(run, recipe=name)
     return name, configure(run, settings, program=f"upslope {command} {name}")
-
-
-def _record(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """A run's configuration tree and its estimator."""
-    path = directory / "config.json"
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        return record["run"], record["estimator"]
-    except FileNotFoundError:
-        raise ValueError(f"{directory} is no run directory: it has no config.json") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no run configuration: {error}") from error
 
 
 def _recorded_defaults(directory: Path) -> dict[str, Any]:

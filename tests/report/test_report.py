@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from upslope.report import bootstrap_interval, compare, draw, interquartile_mean, learning_curve, read_curve
+from upslope.train.config_file import ConfigError
 
 
 def make_run(
@@ -216,6 +217,11 @@ def test_bad_input_is_named_with_a_remedy(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no metrics yet"):
         compare([run])
-    (run / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="no run configuration"):
-        compare([run])
+    for content, said in (
+        ("[]", "no run configuration"),
+        ("[" * 200_000, "cannot be read"),
+        ('{"run": 1}', "settings"),
+    ):
+        (run / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match=said):
+            compare([run])

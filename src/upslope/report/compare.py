@@ -19,7 +19,7 @@ from rich.console import Group as RenderedTogether
 from rich.table import Table
 
 from upslope.report.statistics import bootstrap_interval, interquartile_mean
-from upslope.train.config_file import differences
+from upslope.train.config_file import differences, recorded_run
 from upslope.train.log import Value, read_metrics
 
 DEFAULT_METRIC = "deterministic_mean"
@@ -176,16 +176,12 @@ def read_curve(directory: Path, *, metric: str = DEFAULT_METRIC) -> RunCurve:
     """One metric of one run directory; evaluation records come first, then train records.
 
     Raises:
-        ValueError: it is no run directory, holds no records yet, or has no such metric.
+        ConfigError: it is no run directory.
+        ValueError: it holds no records yet, or has no such metric.
     """
-    config, metrics = directory / "config.json", directory / "metrics.jsonl"
-    for path in (config, metrics):
-        if not path.is_file():
-            raise ValueError(f"{directory} is no run directory: it has no {path.name}; give what `upslope train` made")
-    try:
-        settings = json.loads(config.read_text("utf-8"))["run"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} holds no run configuration: {error}") from error
+    settings, metrics = recorded_run(directory), directory / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ValueError(f"{directory} holds no metrics: it has no {metrics.name}; give what `upslope train` made")
     records = read_metrics(metrics)
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     training = [record for record in records if record.get("kind") == "train"]

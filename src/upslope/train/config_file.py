@@ -64,6 +64,27 @@ def recorded_run(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if there is none that can be read.
     """
+    return _record(directory)["run"]
+
+
+def recorded_estimator(directory: Path) -> dict[str, str]:
+    """The estimator of a run directory in words.
+
+    Raises:
+        ConfigError: if there is none that can be read.
+    """
+    record = _record(directory)
+    return _read(dict[str, str], record.get("estimator"), "estimator")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configuration trees differ, by dotted name."""
+    before, after = _flat(old), _flat(new)
+    names = [*before, *(name for name in after if name not in before)]
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def _record(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         tree = json.loads(path.read_text("utf-8"))
@@ -75,14 +96,7 @@ def recorded_run(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} holds no run configuration")
     if not isinstance(tree["run"], dict):
         raise ConfigError(f"{path}: run must be the settings of a Run, got {tree['run']!r}")
-    return tree["run"]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two configuration trees differ, by dotted name."""
-    before, after = _flat(old), _flat(new)
-    names = [*before, *(name for name in after if name not in before)]
-    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+    return tree
 
 
 def _read(expected: Any, value: Any, where: str) -> Any:
