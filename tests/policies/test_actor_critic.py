@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import pytest
@@ -393,14 +394,112 @@ def test_trees_that_describe_no_policy_are_refused() -> None:
     tree, state = policy.config_tree(), policy.state_dict()
     with pytest.raises(ValueError, match="a policy is described by"):
         ActorCritic.from_tree({"config": {}}, state)
+    with pytest.raises(ValueError, match="a policy is described by"):
+        ActorCritic.from_tree(cast("Any", [1]), state)
     config = {**tree["config"], "extra": 1}
     del config["critic"]
-    with pytest.raises(ValueError, match=r"missing \['critic'\], unknown \['extra'\]"):
+    with pytest.raises(ValueError, match=r"config: unknown settings \['extra'\], missing settings \['critic'\]"):
         ActorCritic.from_tree({**tree, "config": config}, state)
     with pytest.raises(ValueError, match="tensors do not fit"):
         ActorCritic.from_tree(tree, {name: tensor for name, tensor in state.items() if "bias" not in name})
     with pytest.raises(ValueError, match="leave `encoder` out"):
         ActorCritic.from_tree(tree, state, encoder=nn.Identity())
+
+
+HUGE = 10**7
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("config", 5, "config must be a mapping, got 5"),
+        ("config.hidden", "abc", "config.hidden must be a list, got 'abc'"),
+        ("config.hidden", 5, "config.hidden must be a list, got 5"),
+        ("config.hidden", [16, True], r"config.hidden\[1\] must be int"),
+        ("config.hidden", [16, -8], "at least one unit each"),
+        ("config.hidden", [1e7, 1e7], r"config.hidden\[0\] must be int, got 10000000.0"),
+        ("config.hidden", [HUGE, HUGE], "config.hidden is .* but the saved tensors hold"),
+        ("config.hidden", [10**30], "config.hidden is .* but the saved tensors hold"),
+        ("config.hidden", [16, 4], "tensors do not fit"),
+        ("config.activation", "nope", "config.activation must be one of 'tanh', 'relu', 'gelu', 'silu', 'elu'"),
+        ("config.activation", ["tanh"], "config.activation must be one of"),
+        ("config.encoder", "nope", "config.encoder must be one of"),
+        ("config.distribution", None, "config.distribution must be one of"),
+        ("config.log_std_bounds", [1], "config.log_std_bounds must have 2 entries, got 1"),
+        ("config.log_std_bounds", [-math.inf, math.inf], "log_std_bounds must be finite"),
+        ("config.log_std_init", math.nan, "log_std_init must be a finite number"),
+        ("config.observation_clip", math.nan, "observation_clip and reward_clip must be positive"),
+        ("config.critic", 1, "config.critic must be bool, got 1"),
+        ("config.shared", True, "tensors do not fit"),
+        ("own_encoder", 3, "own_encoder must be str, got 3"),
+        ("observation_space", [], "observation_space must be a mapping"),
+        ("observation_space.kind", ["Box"], "observation_space: "),
+        ("observation_space.kind", "Sphere", "observation_space: unknown kind of space 'Sphere'"),
+        ("observation_space.shape", "abcd", "observation_space.shape must be a list, got 'abcd'"),
+        ("observation_space.shape", [-4], "observation_space is no space"),
+        ("observation_space.shape", [10**20, 10**20], "observation_space is no space"),
+        ("observation_space.shape", [HUGE], "tensors do not fit"),
+        ("observation_space.low", [0.0], "observation_space.low must be one number or 4, got 1"),
+        ("observation_space.dtype", "object", "observation_space.dtype must be one of bool, float16"),
+        ("action_space", {"kind": "Discrete", "n": HUGE, "start": 0}, "action_space is no space"),
+        ("action_space", {"kind": "Discrete", "n": 2, "start": 10**30}, "action_space is no space"),
+        ("action_space", {"kind": "MultiDiscrete", "choices": [2, 2], "start": [0]}, "one start per choice"),
+        ("action_space", {"kind": "MultiBinary", "n": "3"}, "action_space.n must be int, got '3'"),
+        ("action_space", {"kind": "Composite", "entries": {"a": 1}}, "action_space: a space is described by a mapping"),
+    ],
+)
+@pytest.mark.parametrize("text", [False, True])
+def test_what_an_edited_policy_file_says_is_read_or_named(place: str, value: object, said: str, text: bool) -> None:
+    policy = make(action=Box((2,), -1.0, 1.0))
+    tree: Any = copy.deepcopy(policy.config_tree())
+    *path, last = place.split(".")
+    inner = tree
+    for name in path:
+        inner = inner[name]
+    inner[last] = value
+    with pytest.raises(ValueError, match=said):
+        ActorCritic.from_tree(json.loads(json.dumps(tree)) if text else tree, policy.state_dict())
+
+
+def test_loading_initialises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is there a weight of the wrong size in memory before it is found to be wrong."""
+    policy = make(NESTED, Box((2,), -1.0, 1.0), hidden=(64, 64))
+
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a weight was made")
+
+    monkeypatch.setattr(nn.init, "orthogonal_", refused)
+    monkeypatch.setattr(nn.Module, "to_empty", refused)
+    tree = policy.config_tree()
+    again = ActorCritic.from_tree(tree, policy.state_dict())
+    assert {tensor.device.type for tensor in (*again.parameters(), *again.buffers())} == {"cpu"}
+    with pytest.raises(ValueError, match=r"size mismatch for actor.layers.0.weight.*6000"):
+        ActorCritic.from_tree({**tree, "config": {**tree["config"], "hidden": [6000, 6000]}}, policy.state_dict())
+
+
+def test_a_loaded_policy_has_tensors_of_its_own_and_learns() -> None:
+    policy = make(normalize_observation=True)
+    tensors_of_double = {name: tensor.double() for name, tensor in policy.state_dict().items()}
+    for state in (policy.state_dict(), tensors_of_double):
+        again = ActorCritic.from_tree(policy.config_tree(), state)
+        assert [p.dtype for p in again.parameters()] == [p.dtype for p in policy.parameters()]
+        assert all(parameter.requires_grad for parameter in again.parameters())
+        before = [tensor.clone() for tensor in state.values()]
+        again.observe(trajectory(VECTOR, 2, 4, 3))
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter += 1.0
+        assert all(torch.equal(a, b) for a, b in zip(before, state.values(), strict=True))
+        evaluation = again.evaluate(batch(torch.zeros(2, 4), torch.tensor([0, 1])))
+        evaluation.log_prob.sum().backward()
+
+
+def test_what_is_frozen_in_an_encoder_of_ones_own_stays_frozen() -> None:
+    policy, encoder = make(encoder=Sines()), Sines()
+    encoder.frequency.requires_grad_(False)
+    again = ActorCritic.from_tree(policy.config_tree(), policy.state_dict(), encoder=encoder)
+    assert again.encoder is encoder
+    assert not encoder.frequency.requires_grad
 
 
 # --- an encoder of one's own -----------------------------------------------------------------------------------------

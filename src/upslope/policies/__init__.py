@@ -3,7 +3,6 @@
 from upslope.policies.actor_critic import ActorCritic as ActorCritic
 from upslope.policies.config import ActorCriticConfig as ActorCriticConfig
 from upslope.policies.config import build_head as build_head
-from upslope.policies.config import config_from_tree as config_from_tree
 from upslope.policies.continuous import Beta as Beta
 from upslope.policies.continuous import Gaussian as Gaussian
 from upslope.policies.continuous import SquashedGaussian as SquashedGaussian

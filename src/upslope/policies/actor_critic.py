@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upslope.policies.config import ActorCriticConfig, build_head, config_from_tree
+from upslope.policies.config import ActorCriticConfig, build_head, config_from_tree, saved_space
 from upslope.policies.distributions import HeadDistribution
 from upslope.policies.networks import MLP, build_encoder, forward_pair, is_vector_only
 from upslope.policies.normalizer import ObservationNormalizer, RewardNormalizer
 from upslope.policies.raw import read_observation
 from upslope.policies.sampler import ActorSampler
-from upslope.spaces import Space, space_from_tree, space_to_tree
+from upslope.spaces import Space, space_to_tree
 from upslope.trajectory import Evaluation, Observation, Steps, Trajectory, map_observation
+from upslope.typed_tree import read_value
 
 
 class ActorCritic(nn.Module):
@@ -39,7 +40,8 @@ class ActorCritic(nn.Module):
         observation_space: what the policy sees.
         action_space: what it does; one leaf.
         config: everything else.
-        generator: of the initial weights; the global generator is never touched.
+        generator: of the initial weights; the global generator is never touched. None leaves the built-in networks on
+            PyTorch's meta device, without memory or values, for saved tensors to be put in.
         encoder: in place of the built-in one. Unless `config.shared`, the critic gets a copy of it.
 
     Raises:
@@ -52,7 +54,7 @@ class ActorCritic(nn.Module):
         action_space: Space,
         config: ActorCriticConfig,
         *,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
         encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class ActorCritic(nn.Module):
         self._own_encoder = encoder is not None
         self._build_networks(encoder, generator)
 
-    def _build_networks(self, encoder: nn.Module | None, generator: torch.Generator) -> None:
+    def _build_networks(self, encoder: nn.Module | None, generator: torch.Generator | None) -> None:
         config, head = self.config, self.head
         gain = config.hidden_gain if config.orthogonal else None
 
@@ -238,34 +240,41 @@ class ActorCritic(nn.Module):
     ) -> ActorCritic:
         """The policy whose `config_tree()` and `state_dict()` these are; lists may stand for tuples.
 
+        Nothing is initialised, and no memory is taken before names and shapes of all tensors are known to fit.
+
         Args:
             tree: of `config_tree`.
             tensors: of `state_dict`.
             encoder: a fresh module of the same class, if the policy was made with an encoder of the user's own.
 
         Raises:
-            ValueError: if the tree describes no policy, an encoder is missing or too many, or the tensors do not fit.
+            ValueError: naming the setting that is wrong, if the tree describes no policy; if an encoder is missing or
+                too many; or if the tensors do not fit.
         """
         expected = {"observation_space", "action_space", "config", "own_encoder"}
-        if set(tree) != expected:
-            raise ValueError(f"a policy is described by {sorted(expected)}, got {sorted(tree)}")
-        own = tree["own_encoder"]
+        if not isinstance(tree, Mapping) or set(tree) != expected:
+            raise ValueError(f"a policy is described by a mapping with {sorted(expected)}, got {tree!r}")
+        own = read_value(str | None, tree["own_encoder"], "own_encoder")
         if own is not None and encoder is None:
             raise ValueError(f"this policy was made with an encoder of its own, {own}: pass a new one as `encoder`")
         if own is None and encoder is not None:
             raise ValueError("this policy was made with a built-in encoder: leave `encoder` out")
-        policy = cls(
-            space_from_tree(tree["observation_space"]),
-            space_from_tree(tree["action_space"]),
-            config_from_tree(tree["config"]),
-            generator=torch.Generator(),
-            encoder=encoder,
-        )
+        numbers = sum(tensor.numel() for tensor in tensors.values())
+        observation_space = saved_space(tree["observation_space"], "observation_space", _LARGEST_OBSERVATION)
+        action_space = saved_space(tree["action_space"], "action_space", numbers)
+        config = config_from_tree(tree["config"], numbers)
+        with torch.device("meta"):
+            policy = cls(observation_space, action_space, config, generator=None, encoder=encoder)
+        own_types = {name: tensor.dtype for name, tensor in policy.state_dict().items()}
+        copies = {name: t.detach().to(own_types.get(name, t.dtype), copy=True) for name, t in tensors.items()}
         try:
-            policy.load_state_dict(dict(tensors))
+            policy.load_state_dict(copies, assign=True)
         except RuntimeError as error:
             raise ValueError(f"the saved tensors do not fit the policy's configuration: {error}") from error
         return policy
+
+
+_LARGEST_OBSERVATION = 1 << 28
 
 
 def _feature_count(encoder: nn.Module) -> int:

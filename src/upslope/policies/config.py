@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from upslope.policies.continuous import Beta, Gaussian, SquashedGaussian
 from upslope.policies.distributions import Bernoulli, Categorical, Head, MultiCategorical
 from upslope.policies.networks import ActivationName, EncoderName, ImageLayout
-from upslope.spaces import Box, Composite, Discrete, MultiBinary, MultiDiscrete, Space
+from upslope.spaces import Box, Composite, Discrete, Leaf, MultiBinary, MultiDiscrete, Space, space_from_tree
+from upslope.typed_tree import read_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,26 +63,91 @@ class ActorCriticConfig:
         """Refuse settings that have no meaning."""
         if any(size < 1 for size in self.hidden):
             raise ValueError(f"hidden layers need at least one unit each, got hidden={self.hidden}")
-        if self.observation_clip <= 0.0 or self.reward_clip <= 0.0:
+        if not (self.observation_clip > 0.0 and self.reward_clip > 0.0):
             raise ValueError(
                 "observation_clip and reward_clip must be positive (inf for no clipping), "
                 f"got {self.observation_clip} and {self.reward_clip}"
             )
+        gains = {name: getattr(self, name) for name in ("hidden_gain", "policy_gain", "value_gain")}
+        for name, value in {"log_std_init": self.log_std_init, **gains}.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
+        if self.log_std_bounds is not None and not all(map(math.isfinite, self.log_std_bounds)):
+            raise ValueError(f"log_std_bounds must be finite, or None for no bounds, got {self.log_std_bounds}")
 
 
-def config_from_tree(tree: Mapping[str, Any]) -> ActorCriticConfig:
-    """The inverse of `dataclasses.asdict`; lists stand for tuples.
+def config_from_tree(tree: Mapping[str, Any], numbers: int) -> ActorCriticConfig:
+    """The inverse of `dataclasses.asdict`; lists may stand for tuples.
+
+    Args:
+        tree: of `dataclasses.asdict`.
+        numbers: how many the saved tensors hold; every hidden unit has one at least.
 
     Raises:
-        ValueError: if a setting is missing or unknown.
+        ValueError: naming the setting that is missing, unknown or none that these tensors can have.
     """
-    names = {field.name for field in fields(ActorCriticConfig)}
-    if set(tree) != names:
-        missing, unknown = sorted(names - set(tree)), sorted(set(tree) - names)
-        raise ValueError(f"the policy's configuration does not fit this version: missing {missing}, unknown {unknown}")
-    settings: dict[str, Any] = {n: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for n, v in tree.items()}
-    return ActorCriticConfig(**settings)
+    config = read_fields(ActorCriticConfig, _mapping(tree, "config"), "config")
+    if max(config.hidden, default=0) > numbers:
+        raise ValueError(f"config.hidden is {config.hidden}, but the saved tensors hold {numbers} numbers altogether")
+    return config
 
+
+def saved_space(tree: Mapping[str, Any], where: str, largest: int) -> Space:
+    """The space of a saved policy, by the inverse of `upslope.spaces.space_to_tree`, with every value checked.
+
+    Args:
+        tree: of `space_to_tree`; lists may stand for tuples.
+        where: its name, for the error.
+        largest: how many numbers one element may have, choices counted one by one.
+
+    Raises:
+        ValueError: naming what is missing, unknown, of the wrong type or too large.
+    """
+    try:
+        space = space_from_tree(_mapping(tree, where))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if isinstance(space, Composite):
+        leaves = [(name, _checked(leaf, f"{where}.{name}", largest)) for name, leaf in space.entries]
+        return Composite(tuple(leaves))
+    return _checked(space, where, largest)
+
+
+def _mapping(tree: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{where} must be a mapping, got {tree!r}")
+    return cast("Mapping[str, Any]", tree)
+
+
+def _checked(leaf: Leaf, where: str, largest: int) -> Leaf:
+    leaf = read_fields(type(leaf), asdict(leaf), where)
+    start: tuple[int, ...] = ()
+    match leaf:
+        case Box():
+            sizes, size = leaf.shape, math.prod(leaf.shape)
+            if leaf.dtype not in _NUMBERS:
+                raise ValueError(f"{where}.dtype must be one of {', '.join(sorted(_NUMBERS))}, got {leaf.dtype!r}")
+            for name, bound in (("low", leaf.low), ("high", leaf.high)):
+                if isinstance(bound, tuple) and len(bound) != size:
+                    raise ValueError(f"{where}.{name} must be one number or {size}, got {len(bound)}")
+        case Discrete():
+            sizes, size, start = (leaf.n,), leaf.n, (leaf.start,)
+        case MultiDiscrete():
+            sizes, size, start = leaf.choices, sum(leaf.choices), leaf.start
+            if len(start) != len(sizes):
+                raise ValueError(f"{where} must have one start per choice, got {len(start)} and {len(sizes)}")
+        case MultiBinary():
+            sizes, size = (leaf.n,), leaf.n
+    if any(part < 0 for part in sizes) or size > largest or any(abs(offset) >= 1 << 62 for offset in start):
+        raise ValueError(f"{where} is no space that the policy of these tensors can have: {leaf}")
+    return leaf
+
+
+_NUMBERS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))} | {
+    "float16",
+    "float32",
+    "float64",
+}
 
 _FAMILIES: dict[type[Space], tuple[str, ...]] = {
     Discrete: ("categorical",),

@@ -22,23 +22,29 @@ ImageLayout: TypeAlias = Literal["auto", "height_width_channel", "channel_height
 # --- initialisation --------------------------------------------------------------------------------------------------
 
 
-def linear(inputs: int, outputs: int, gain: float | None, generator: torch.Generator) -> nn.Linear:
-    """An affine layer: orthogonal weights with this gain and zero biases, or PyTorch's own defaults if gain is None."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+def linear(inputs: int, outputs: int, gain: float | None, generator: torch.Generator | None) -> nn.Linear:
+    """An affine layer: orthogonal weights with this gain and zero biases, or PyTorch's own defaults if gain is None.
+
+    Without a generator it stays on the meta device, shapes without memory or values, for saved tensors to be put in.
+    """
+    layer = nn.Linear(inputs, outputs, device="meta")
     _initialise(layer, gain, generator)
-    return cast("nn.Linear", layer)
+    return layer
 
 
 def convolution(
-    channels: int, filters: int, kernel: int, stride: int, gain: float | None, generator: torch.Generator
+    channels: int, filters: int, kernel: int, stride: int, gain: float | None, generator: torch.Generator | None
 ) -> nn.Conv2d:
     """A convolution without padding, initialised like `linear`."""
-    layer = nn.utils.skip_init(nn.Conv2d, channels, filters, kernel, stride=stride)
+    layer = nn.Conv2d(channels, filters, kernel, stride=stride, device="meta")
     _initialise(layer, gain, generator)
-    return cast("nn.Conv2d", layer)
+    return layer
 
 
-def _initialise(layer: nn.Module, gain: float | None, generator: torch.Generator) -> None:
+def _initialise(layer: nn.Module, gain: float | None, generator: torch.Generator | None) -> None:
+    if generator is None:
+        return
+    layer.to_empty(device="cpu")
     weight, bias = cast("Tensor", layer.weight), cast("Tensor", layer.bias)
     with torch.no_grad():
         if gain is not None:
@@ -65,7 +71,8 @@ class MLP(nn.Module):
         output_gain: of the output layer.
         output_bias: [outputs + constant] initial value of the outputs, 0 where None.
         constant: how many further outputs do not depend on the input at all: they are one learned vector.
-        generator: of the initial weights; the global generator is never touched.
+        generator: of the initial weights; the global generator is never touched. None leaves the network on the meta
+            device, without memory or values, for saved tensors to be put in.
     """
 
     def __init__(
@@ -79,7 +86,7 @@ class MLP(nn.Module):
         output_gain: float | None = 1.0,
         output_bias: tuple[float, ...] | None = None,
         constant: int = 0,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         self.activation, self.torso = activation, outputs is None
@@ -89,8 +96,9 @@ class MLP(nn.Module):
             layers.append(linear(sizes[-1], outputs, output_gain, generator))
         self.layers = nn.ModuleList(layers)
         self.features = sizes[-1] if outputs is None else outputs + constant
-        self.constant = nn.Parameter(torch.zeros(constant)) if constant else None
-        if output_bias is not None and outputs is not None:
+        device = "meta" if generator is None else "cpu"
+        self.constant = nn.Parameter(torch.zeros(constant, device=device)) if constant else None
+        if output_bias is not None and outputs is not None and generator is not None:
             with torch.no_grad():
                 layers[-1].bias.add_(torch.tensor(output_bias[:outputs]))
                 if self.constant is not None:
@@ -171,7 +179,8 @@ class VectorEncoder(nn.Module):
         choices = leaf.choices if isinstance(leaf, MultiDiscrete) else ()
         self.offsets = tuple(int(offset) for offset in np.cumsum((0, *choices))[:-1])
         self.unit: Tensor
-        self.register_buffer("unit", torch.ones(()), persistent=False)
+        # On the CPU whatever the default device is: loading builds policies on the meta device, and this is not saved.
+        self.register_buffer("unit", torch.ones((), device="cpu"), persistent=False)
 
     def forward(self, observation: Tensor) -> Tensor:
         """[M, ...] -> [M, features], in the number type the module was moved to."""
@@ -207,7 +216,7 @@ class ImageEncoder(nn.Module):
         layers: (filters, kernel, stride) of each convolution.
         features: size of the result.
         gain: of the orthogonal weights, or None for PyTorch's default initialisation.
-        generator: of the initial weights.
+        generator: of the initial weights, or None: see `MLP`.
 
     Raises:
         ValueError: if the space is no image or the image is too small for the convolutions.
@@ -221,7 +230,7 @@ class ImageEncoder(nn.Module):
         layers: tuple[tuple[int, int, int], ...],
         features: int,
         gain: float | None,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         if not isinstance(leaf, Box) or len(leaf.shape) != 3:
@@ -291,7 +300,7 @@ class CompositeEncoder(nn.Module):
 
 
 def build_encoder(
-    space: Space, kind: EncoderName, layout: ImageLayout, gain: float | None, generator: torch.Generator
+    space: Space, kind: EncoderName, layout: ImageLayout, gain: float | None, generator: torch.Generator | None
 ) -> VectorEncoder | ImageEncoder | CompositeEncoder:
     """The encoder of a space: convolutions for images where `kind` says so (see `ActorCriticConfig`), vectors else.
 
@@ -322,7 +331,7 @@ def _leaf_kind(leaf: Leaf, kind: EncoderName, layout: ImageLayout) -> EncoderNam
 
 
 def _build_leaf(
-    leaf: Leaf, kind: EncoderName, layout: ImageLayout, gain: float | None, generator: torch.Generator
+    leaf: Leaf, kind: EncoderName, layout: ImageLayout, gain: float | None, generator: torch.Generator | None
 ) -> VectorEncoder | ImageEncoder:
     if kind == "nature_cnn":
         return ImageEncoder(leaf, layout=layout, layers=NATURE_CNN, features=512, gain=gain, generator=generator)
