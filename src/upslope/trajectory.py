@@ -126,7 +126,7 @@ class Signal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """The steps of one optimiser step: `M` chosen steps ([M]) or whole rows ([B, T]). All detached.
+    """The steps of one optimiser step, all detached: whole rows [B, T] or `M` chosen steps [M]; a loss sees the latter.
 
     Attributes:
         observation, action, mask, behaviour_log_prob: as in `Trajectory`.

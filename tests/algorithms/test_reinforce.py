@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from tabular_world import gradients, whole_batch
-from two_episodes import EXPECTED, chosen, policy_with_values, two_episodes
+from two_episodes import BOOTSTRAPPED_RETURN, EXPECTED, chosen, policy_with_values, two_episodes
 
 from upslope.algorithms import Now, Reinforce
 from upslope.algorithms.reinforce import Psi
@@ -45,7 +45,8 @@ def test_what_the_critic_is_taught(psi: Psi) -> None:
         assert not algorithm.passes.critic
     else:
         assert target is not None
-        assert chosen(trajectory, target) == EXPECTED["reward_to_go" if psi == "baselined" else "action_value"]
+        expected = BOOTSTRAPPED_RETURN if psi == "baselined" else EXPECTED["action_value"]
+        assert chosen(trajectory, target) == expected
 
 
 def test_the_gradient_is_the_sum_over_steps_and_the_mean_over_episodes() -> None:
@@ -54,7 +55,7 @@ def test_the_gradient_is_the_sum_over_steps_and_the_mean_over_episodes() -> None
     algorithm = Reinforce(gamma=0.5, psi="baselined", value_coefficient=0.3)
     actor, critic = gradients(policy, algorithm, whole_batch(policy, algorithm, trajectory))
     psi = torch.zeros(7, dtype=torch.float64)
-    psi[:5] = torch.tensor([2.0, 2.0, 1.0, 3.0, 2.0])
+    psi[:5] = torch.tensor([2.0, 2.0, 1.0, 5.5, 7.0])
     taken = torch.zeros(7, 2, dtype=torch.float64)
     taken[range(5), [0, 1, 0, 1, 1]] = 1.0
     score = taken - policy.logits.detach().softmax(-1)
@@ -97,7 +98,7 @@ def test_metrics_are_means_over_chosen_steps() -> None:
     batch = whole_batch(policy, algorithm, trajectory)
     evaluation = policy.evaluate(batch)
     metrics = algorithm.loss(batch, evaluation, Now()).metrics
-    assert float(metrics["value_loss"]) == pytest.approx(0.5 * (4 + 4 + 1 + 9 + 4) / 5)
+    assert float(metrics["value_loss"]) == pytest.approx(0.5 * (4 + 4 + 1 + 5.5**2 + 49) / 5)
     assert float(metrics["entropy"]) == pytest.approx(float(evaluation.entropy[trajectory.mask].detach().mean()))
 
 

@@ -15,12 +15,15 @@ VALUE = (1.0, 2.0, 3.0, 2.0, 4.0, 10.0, 99.0)
 EXPECTED: dict[Psi, tuple[list[float], list[float]]] = {
     "total_reward": ([3.0, 3.0, 3.0], [5.0, 5.0]),
     "reward_to_go": ([3.0, 4.0, 4.0], [5.0, 6.0]),
-    "baselined": ([2.0, 2.0, 1.0], [3.0, 2.0]),
+    "baselined": ([2.0, 2.0, 1.0], [5.5, 7.0]),
     "action_value": ([2.4375, 3.75, 4.0], [5.75, 11.0]),
     "advantage": ([1.4375, 1.75, 1.0], [3.75, 7.0]),
     "td_residual": ([1.0, 1.5, 1.0], [2.0, 7.0]),
 }
-"""With gamma = 0.5 and lambda = 0.5."""
+"""With gamma = lambda = 0.5. Choices with a critic bootstrap from state 5: G = 6 + 0.5 x 10, then 2 + 0.5 x 11."""
+
+BOOTSTRAPPED_RETURN = ([3.0, 4.0, 4.0], [7.5, 11.0])
+"""What the baseline learns."""
 
 
 def two_episodes(policy: TabularPolicy) -> Trajectory:

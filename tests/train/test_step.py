@@ -249,17 +249,25 @@ def test_the_shuffle_comes_from_the_given_generator() -> None:
     assert not torch.equal(update(algorithm, seed=4)[1], update(algorithm, seed=5)[1])
 
 
-def test_whole_episodes_stay_rows_and_fragments_become_steps() -> None:
-    shapes: list[tuple[int, ...]] = []
+def test_whole_episodes_are_weighed_as_rows_and_only_their_chosen_steps_reach_the_loss() -> None:
+    weighed: list[tuple[int, ...]] = []
+    lost: list[tuple[int, ...]] = []
 
     @dataclass(frozen=True, kw_only=True)
     class Noting(Reinforce):
         def prepare(self, batch: Batch) -> Batch:
-            shapes.append(tuple(batch.mask.shape))
+            weighed.append(tuple(batch.mask.shape))
             return Reinforce.prepare(self, batch)
 
-    update(Noting(), episodes(Linear()))
-    assert shapes == [(3, 7)]
+        def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+            assert bool(batch.mask.all())
+            lost.append(tuple(evaluation.log_prob.shape))
+            return Reinforce.loss(self, batch, evaluation, now)
+
+    trajectory = episodes(Linear())
+    update(Noting(), trajectory)
+    assert weighed == [(3, 7)]
+    assert lost == [(int(trajectory.mask.sum()),)]
 
 
 def test_metrics_of_an_update() -> None:

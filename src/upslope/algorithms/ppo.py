@@ -23,8 +23,8 @@ from upslope.estimators import (
     clipped,
     clipped_value_error,
     gae,
-    importance_weighted,
     k3,
+    kl_penalised,
     squared_value_error,
     standardise,
     step_mean,
@@ -129,26 +129,26 @@ class PPO:
         """Clipped or penalised surrogate, value error and entropy bonus."""
         assert evaluation.value is not None
         clip = None if self.clip is None else scheduled(self.clip_schedule, self.clip, now.progress)
-        if clip is None:
-            objective = importance_weighted(evaluation.log_prob, batch.behaviour_log_prob, batch.advantage)
+        old, advantage = batch.behaviour_log_prob, batch.advantage
+        kl = beta = None
+        if self.kl_coefficient > 0.0:
+            assert batch.behaviour_distribution is not None
+            kl, beta = batch.behaviour_distribution.kl(evaluation.distribution), now.state["kl_coefficient"]
+        if clip is not None:
+            bounds = {"low": clip, "high": clip, "dual_clip": self.dual_clip}
+            objective = clipped(evaluation.log_prob, old, advantage, **bounds)
+            if kl is not None and beta is not None:
+                objective = objective - beta * kl
         else:
-            objective = clipped(
-                evaluation.log_prob,
-                batch.behaviour_log_prob,
-                batch.advantage,
-                low=clip,
-                high=clip,
-                dual_clip=self.dual_clip,
-            )
+            assert kl is not None
+            assert beta is not None
+            objective = kl_penalised(evaluation.log_prob, old, advantage, kl, coefficient=beta)
         value_error = self.value_error(batch, evaluation.value)
         per_step = self.value_coefficient * value_error - objective
         if self.entropy_coefficient != 0.0:
             per_step = per_step - self.entropy_coefficient * evaluation.entropy
         metrics = surrogate_metrics(batch, evaluation, objective, value_error, clip)
-        if self.kl_coefficient > 0.0:
-            assert batch.behaviour_distribution is not None
-            kl = batch.behaviour_distribution.kl(evaluation.distribution)
-            per_step = per_step + now.state["kl_coefficient"] * kl
+        if kl is not None:
             metrics["kl_exact"] = weighted_sum(kl.detach(), batch.weight)
         return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
 

@@ -3,9 +3,9 @@
     grad J = E[ sum_t gamma^t grad l_t Psi_t ]
     loss = sum_{b,t} w_bt [ -gamma^t l_t Psi_t + c_V * 0.5 (V_t - target_t)^2 - c_H H_t ],  w_bt = m_bt / N
 
-With psi="baselined" this is REINFORCE with a learned baseline (Sutton & Barto section 13.4). Choices that ask the
-critic for what follows ("action_value", "advantage", "td_residual") bootstrap at a time limit; the others take the
-time limit as part of the task: what would follow counts as 0.
+With psi="baselined" this is REINFORCE with a learned baseline (Sutton & Barto section 13.4). Choices that have a critic
+bootstrap from it at a time limit. "total_reward" and "reward_to_go" have none and take the time limit as part of the
+task: what would follow counts as 0.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Reinforce:
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
         """Psi_t by the chosen row of the table, times gamma^t if asked for."""
         reward, cut, discount = trajectory.reward, trajectory.cut, trajectory.discount(self.gamma)
-        target = None if value is None else reward_to_go(reward, discount, cut)
+        target = None
         if self.psi == "total_reward":
             psi = total_reward(reward, discount, cut)
         elif self.psi == "reward_to_go":
@@ -80,12 +80,12 @@ class Reinforce:
             assert value is not None
             assert next_value is not None
             if self.psi == "baselined":
-                psi = baselined(reward_to_go(reward, discount, cut), value)
+                target = reward_to_go(reward, discount, cut, bootstrap=next_value)
+                psi = baselined(target, value)
             else:
-                returns = lambda_return(reward, discount, next_value, cut, trace_decay=self.gae_lambda)
-                target = returns
+                target = lambda_return(reward, discount, next_value, cut, trace_decay=self.gae_lambda)
                 if self.psi == "action_value":
-                    psi = returns
+                    psi = target
                 elif self.psi == "advantage":
                     psi = gae(reward, discount, value, next_value, cut, gae_lambda=self.gae_lambda)
                 else:

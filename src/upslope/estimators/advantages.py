@@ -176,13 +176,14 @@ def standardise(advantage: Tensor, mask: Tensor | None = None, *, epsilon: float
     """
     if epsilon <= 0:
         raise ValueError(f"epsilon must be positive; got {epsilon}")
-    if mask is None:
+    if mask is not None:
+        require_same_shape("advantage", advantage, ("mask", mask))
+        require_bool("mask", mask)
+    if mask is None or bool(mask.all()):
         _require_spread(advantage.numel(), ddof)
         shifted = advantage - advantage[(0,) * advantage.dim()]  # a constant becomes zeros, in any kernel's rounding
         deviation, mean = torch.std_mean(shifted, correction=ddof)
         return (shifted - mean).div_(deviation + epsilon)
-    require_same_shape("advantage", advantage, ("mask", mask))
-    require_bool("mask", mask)
     count = int(mask.sum())
     _require_spread(count, ddof)
     lowest = torch.where(mask, advantage, torch.inf).min()

@@ -65,7 +65,9 @@ def cartpole_ppo() -> Run:
     return Run(
         recipe="cartpole-ppo",
         environment=EnvironmentConfig(id="CartPole-v1", count=8),
-        algorithm=PPO(gamma=0.98, gae_lambda=0.8, epochs=20, minibatches=1, clip_schedule="linear"),
+        algorithm=PPO(
+            gamma=0.98, gae_lambda=0.8, epochs=20, minibatches=1, clip_schedule="linear", value_coefficient=1.0
+        ),
         rollout=RolloutConfig(steps=32),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear"),
         steps=100_000,
@@ -78,7 +80,7 @@ def acrobot_ppo() -> Run:
         recipe="acrobot-ppo",
         environment=EnvironmentConfig(id="Acrobot-v1", count=16),
         policy=ActorCriticConfig(normalize_observation=True, normalize_reward=True),
-        algorithm=PPO(gae_lambda=0.94, epochs=4, minibatches=64),
+        algorithm=PPO(gae_lambda=0.94, epochs=4, minibatches=64, value_coefficient=1.0),
         rollout=RolloutConfig(steps=256),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         steps=500_000,
@@ -116,7 +118,14 @@ def lunarlander_ppo() -> Run:
     return Run(
         recipe="lunarlander-ppo",
         environment=EnvironmentConfig(id="LunarLander-v3", count=16),
-        algorithm=PPO(gamma=0.999, gae_lambda=0.98, epochs=4, minibatches=256, entropy_coefficient=0.01),
+        algorithm=PPO(
+            gamma=0.999,
+            gae_lambda=0.98,
+            epochs=4,
+            minibatches=256,
+            value_coefficient=1.0,
+            entropy_coefficient=0.01,
+        ),
         rollout=RolloutConfig(steps=1024),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         steps=1_000_000,
@@ -129,7 +138,7 @@ def bipedalwalker_ppo() -> Run:
         recipe="bipedalwalker-ppo",
         environment=EnvironmentConfig(id="BipedalWalker-v3", count=32),
         policy=ActorCriticConfig(normalize_observation=True, normalize_reward=True),
-        algorithm=PPO(gamma=0.999, clip=0.18, epochs=10, minibatches=1024),
+        algorithm=PPO(gamma=0.999, clip=0.18, epochs=10, minibatches=1024, value_coefficient=1.0),
         rollout=RolloutConfig(steps=2048),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         steps=5_000_000,

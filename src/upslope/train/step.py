@@ -104,14 +104,18 @@ def _batch(policy: Policy, passes: Passes, trajectory: Trajectory, value: Tensor
         weight=trajectory.behaviour_log_prob,
     )
     if not passes.whole_episodes:
-        steps = trajectory.mask.numel()
-        batch = _map(batch, lambda tensor: tensor.reshape(steps, *tensor.shape[2:]))
-        if not bool(batch.mask.all()):
-            batch = _select(batch, batch.mask.nonzero().squeeze(-1))
+        batch = _chosen(batch)
     if passes.behaviour_distribution:
         with torch.no_grad():
             batch = replace(batch, behaviour_distribution=policy.evaluate(batch).distribution.detach())
     return batch
+
+
+def _chosen(batch: Batch) -> Batch:
+    """The chosen steps [M] of whole rows [B, T]: what was not chosen is no input of any network or loss."""
+    steps = batch.mask.numel()
+    flat = _map(batch, lambda tensor: tensor.reshape(steps, *tensor.shape[2:]))
+    return flat if bool(flat.mask.all()) else _select(flat, flat.mask.nonzero().squeeze(-1))
 
 
 def _flat_signal(passes: Passes, trajectory: Trajectory, signal: Signal) -> dict[str, Tensor | None]:
@@ -127,7 +131,7 @@ def _flat_signal(passes: Passes, trajectory: Trajectory, signal: Signal) -> dict
 def _minibatches(batch: Batch, passes: Passes, generator: np.random.Generator) -> Iterator[Batch]:
     """Shuffle once per pass, then cut into parts whose sizes differ by one at most."""
     count = batch.mask.shape[0]
-    if passes.minibatches == 1 and passes.epochs == 1:
+    if passes.minibatches == 1:
         yield batch
         return
     if count < passes.minibatches:
@@ -147,7 +151,7 @@ def _part(batch: Batch, part: int, parts: int) -> Batch:
 
 def _micro_batch(batch: Batch, part: int, parts: int) -> Batch:
     piece = _part(batch, part, parts)
-    return replace(piece, share=int(piece.mask.sum()) / int(batch.mask.sum()))
+    return replace(piece, share=len(piece.mask) / len(batch.mask))
 
 
 def _select(batch: Batch, index: Tensor | slice) -> Batch:
@@ -182,6 +186,8 @@ def _step(
     """One optimiser step; False if the KL stop rule forbids it."""
     passes = algorithm.passes
     minibatch = algorithm.prepare(minibatch)
+    if minibatch.mask.dim() > 1:
+        minibatch = _chosen(minibatch)
     optimizer.zero_gradient()
     parts = min(optimizer.config.micro_batches, minibatch.mask.shape[0])
     metrics: list[dict[str, Tensor]] = []
