@@ -269,3 +269,28 @@ def test_many_short_episodes_are_not_one_endless_one():
     assert result.lengths.tolist() == [5] * 20
     collector = EnvironmentCollector(SyncEnvironments([Tick]), episodes=20, seed=0, episode_limit=6)
     assert collector.collect(TickPolicy(), 0).shape == (20, 5)
+
+
+@pytest.mark.parametrize(("count", "threads"), [(2, 1), (16, 2), (40, 2)])
+def test_acting_uses_no_more_threads_than_there_is_work_for(count, threads):
+    seen = set()
+
+    class Counting(RandomPolicy):
+        def sampler(self):
+            return self
+
+        def sample(self, observation, noise):
+            seen.add(torch.get_num_threads())
+            return noise
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        environments = SyncEnvironments([Tick] * count)
+        policy = Counting(environments.action_space)
+        evaluate_policy(policy, environments, episodes=count, seed=0, deterministic=False)
+        EnvironmentCollector(environments, episodes=count, seed=0).collect(policy, 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {threads}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from upslope.collect.evaluation import EPISODE_LIMIT, environment_seeds, episode_quota, refuse_endless
+from upslope.collect.evaluation import EPISODE_LIMIT, environment_seeds, episode_quota, few_threads, refuse_endless
 from upslope.collect.rollout import Rollout, Truncation, concatenate, seal_episodes, seal_fragments
 from upslope.collect.vector import VectorEnvironment
 from upslope.spaces import Leaf, Space
@@ -136,11 +136,12 @@ class EnvironmentCollector:
     ) -> Rollout:
         environments = self.environments
         noise = sampler.noise(generator, steps, environments.num_envs)
-        rollout = Rollout.allocate(first, sampler.sample(first, noise[0]), steps)
-        try:
-            _loop(environments, sampler, noise, rollout, first)
-        finally:
-            rollout.check_finite(update)
+        with few_threads(environments.num_envs):
+            rollout = Rollout.allocate(first, sampler.sample(first, noise[0]), steps)
+            try:
+                _loop(environments, sampler, noise, rollout, first)
+            finally:
+                rollout.check_finite(update)
         return rollout
 
     def _seeds(self, update: int) -> list[int]:
