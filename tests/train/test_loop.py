@@ -222,6 +222,44 @@ def test_a_function_that_makes_environments_is_trained_and_evaluated_in(tmp_path
     with pytest.raises(ResumeError, match="pass it again"):
         resume(tmp_path / "run")
     assert resume(tmp_path / "run", environments=Cheap, steps=640).steps == 640
+    with pytest.raises(ValueError, match="pass a function that makes one"):
+        evaluate_run(tmp_path / "run", episodes=2)
+    report = evaluate_run(str(tmp_path / "run"), episodes=2, environments=Cheap)
+    assert report.deterministic_returns == pytest.approx(0.01 * report.deterministic_lengths)
+
+
+class Doubled(torch.nn.Module):
+    """An encoder of a user's own."""
+
+    features = 8
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return torch.cat([observation, 2.0 * observation], -1).float()
+
+
+def test_a_policy_with_an_encoder_of_its_own_is_evaluated_with_a_fresh_one(tmp_path: Path) -> None:
+    train(tiny(tmp_path), encoder=Doubled())
+    with pytest.raises(ValueError, match="pass a new one as `encoder`"):
+        evaluate_run(tmp_path / "run", episodes=2)
+    assert len(evaluate_run(tmp_path / "run", episodes=2, encoder=Doubled()).deterministic_returns) == 2
+    with pytest.raises(ValueError, match="at least one episode, got episodes=0"):
+        evaluate_run(tmp_path / "run", episodes=0, encoder=Doubled())
+
+
+@pytest.mark.parametrize("environments", ["Acrobot-v1", EnvironmentConfig(id="Acrobot-v1", count=2)])
+def test_environments_may_be_an_id_or_a_config(environments: str | EnvironmentConfig, tmp_path: Path) -> None:
+    evaluation = EvaluationConfig(times=0, final_episodes=0)
+    train(tiny(tmp_path, steps=64, evaluation=evaluation), environments=environments)
+    settled = read_run(tmp_path / "run").environment
+    assert (settled.id, settled.count) == ("Acrobot-v1", 2)
+
+
+def test_a_total_that_was_passed_long_ago_is_refused(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    with pytest.raises(ResumeError, match=r"has already taken 512 steps, which 100 in all does not reach"):
+        resume(tmp_path / "run", steps=100)
+    assert read_run(tmp_path / "run").steps == 512
+    assert resume(tmp_path / "run", steps=512).steps == 512
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

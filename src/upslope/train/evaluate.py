@@ -6,12 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from upslope.collect import EnvironmentConfig, Source, evaluate_policy, make_environments
 from upslope.collect.vector import VectorEnvironment
 from upslope.policies import ActorCritic
 from upslope.train.config_file import read_evaluation
 from upslope.train.saving import load
+
+GIVEN = "given:"
+"""Begins the recorded id of an environment that no id makes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +89,15 @@ class Evaluator:
             self._environments = None
 
 
-def evaluate_run(directory: Path, *, episodes: int, seed: int = 0, best: bool = False) -> EvaluationReport:
+def evaluate_run(
+    directory: str | Path,
+    *,
+    episodes: int,
+    seed: int = 0,
+    best: bool = False,
+    environments: Source | None = None,
+    encoder: nn.Module | None = None,
+) -> EvaluationReport:
     """Evaluate the policy a run saved.
 
     Args:
@@ -93,10 +105,26 @@ def evaluate_run(directory: Path, *, episodes: int, seed: int = 0, best: bool = 
         episodes: for each way to act.
         seed: decides starts and sampling.
         best: take the policy that was best in evaluation instead of the latest.
+        environments: a function that makes an environment; needed where `train` was given one.
+        encoder: a fresh module of the kind `train` was given, if it was.
+
+    Raises:
+        CheckpointError: if the policy is missing or damaged.
+        ValueError: if there is no run there, or it needs its environments or encoder.
     """
+    if episodes < 1:
+        raise ValueError(f"an evaluation needs at least one episode, got episodes={episodes}")
+    directory = Path(directory)
     environment, settings = read_evaluation(directory)
-    policy = load(directory / ("best" if best else "policy"))
-    evaluator = Evaluator(environment, environments=min(episodes, settings.environments), seed=seed)
+    if environments is None and environment.id.startswith(GIVEN):
+        raise ValueError(
+            "this run was trained in an environment that was passed as an object or a function: pass a function that "
+            f"makes one, upslope.evaluate_run({str(directory)!r}, episodes={episodes}, environments=...)"
+        )
+    policy = load(directory / ("best" if best else "policy"), encoder=encoder)
+    evaluator = Evaluator(
+        environment, environments=min(episodes, settings.environments), seed=seed, source=environments
+    )
     try:
         return evaluator.evaluate(policy, episodes=episodes, index=0)
     finally:

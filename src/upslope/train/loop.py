@@ -18,6 +18,7 @@ from typing import Any
 from upslope.collect import EnvironmentFailureError, NonFiniteError
 from upslope.policies import ActorCritic
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
+from upslope.train.config_file import recorded_run
 from upslope.train.evaluate import EvaluationReport, Evaluator
 from upslope.train.log import MetricsLog
 from upslope.train.progress import ProgressDisplay
@@ -124,6 +125,12 @@ class Training:
             self._tell("no checkpoint yet: starting from the beginning")
             return 0
         self.session.load_state(found.state["session"])
+        taken, total = self.session.steps, self.session.run.steps
+        if taken > total != recorded_run(self.directory.path)["steps"]:
+            raise ResumeError(
+                f"this run has already taken {taken:,} steps, which {total:,} in all does not reach: give a larger "
+                "total, or leave it out"
+            )
         self.best = found.state["best"]
         return found.state["log"]
 

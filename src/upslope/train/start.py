@@ -14,10 +14,10 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from upslope.collect import Source, make_environments, resolve_environments
+from upslope.collect import EnvironmentConfig, Source, make_environments, resolve_environments
 from upslope.train.config import Run
 from upslope.train.config_file import config_to_tree, differences, read_run, recorded_run
-from upslope.train.evaluate import Evaluator
+from upslope.train.evaluate import GIVEN, Evaluator
 from upslope.train.log import require_wandb
 from upslope.train.loop import Callback, Result, Training
 from upslope.train.run_directory import RunDirectory, run_name
@@ -25,7 +25,6 @@ from upslope.train.session import ResumeError, Session
 from upslope.train.storage import write_file_atomically
 
 _MAY_CHANGE = ("steps", "log.", "checkpoint.", "evaluation.", "name", "directory", "threads", "recipe")
-_GIVEN = "given:"
 
 
 def train(
@@ -41,7 +40,7 @@ def train(
     Args:
         run: the configuration, for example `upslope.recipes.cartpole_ppo()`.
         environments: what to train in instead of `run.environment.id`: a function that makes an environment, an
-            environment, or a Gymnasium VectorEnv.
+            environment, a Gymnasium VectorEnv, an id, or a config in place of `run.environment`.
         evaluation_environments: a function that makes an environment to evaluate in; needed where `environments` is
             an object, of which no second one can be made, unless the run never evaluates.
         encoder: a module of the user's own to read observations with.
@@ -58,6 +57,10 @@ def train(
     if run.log.wandb:
         require_wandb()
     with _threads(run.threads):
+        if isinstance(environments, str):
+            run, environments = replace(run, environment=replace(run.environment, id=environments)), None
+        elif isinstance(environments, EnvironmentConfig):
+            run, environments = replace(run, environment=environments), None
         given = _Given(environments, evaluation_environments, encoder, callbacks)
         if environments is not None:
             run = replace(run, environment=replace(run.environment, id=_given_id(environments)))
@@ -98,7 +101,7 @@ def resume(
             run = replace(run, steps=steps)
         if run.log.wandb:
             require_wandb()
-        if environments is None and run.environment.id.startswith(_GIVEN):
+        if environments is None and run.environment.id.startswith(GIVEN):
             raise ResumeError(
                 "this run was trained in an environment that was passed as an object or a function: pass it again, "
                 f"upslope.resume({str(directory)!r}, environments=...)"
@@ -122,7 +125,7 @@ class _Given:
 
 def _given_id(source: Source) -> str:
     name = getattr(source, "__name__", type(source).__name__)
-    return f"{_GIVEN}{name}"
+    return f"{GIVEN}{name}"
 
 
 @contextmanager
