@@ -314,11 +314,12 @@ def test_an_algorithm_of_the_users_own_is_trained_described_and_resumed(
     assert "run.algorithm is a PPO in the recipe and a Bold in the run directory" in said(capsys)[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "resume"), [(signal.SIGINT, "snapshot"), (signal.SIGTERM, "rebuild")])
 def test_a_signal_saves_and_names_the_command_that_goes_on(
-    here: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+    here: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, resume: str
 ) -> None:
     arguments = ["train", "cartpole-ppo", *SMALL, "--steps", "1e7", "--log.every_steps", "1"]
+    arguments += ["--environment.resume", resume]
     run = subprocess.Popen(
         [sys.executable, "-c", "import sys; from upslope.cli import main; sys.exit(main())", *arguments],
         stdout=subprocess.PIPE,
@@ -331,6 +332,7 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 75
     assert "everything is saved" in out
+    assert ("differ from one that was not stopped" in out) == (resume == "rebuild")
     assert out.splitlines()[-1].strip() == "upslope resume runs/cartpole-ppo-seed1"
     (steps,) = re.findall(r"Stopped at step ([\d,]+) of 10,000,000", out)
     more = int(steps.replace(",", "")) + 1

@@ -56,7 +56,12 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Go on with a run from its newest whole checkpoint, exactly as if it had never stopped."""
+    """Go on with a run from its newest whole checkpoint.
+
+    After a crash or a kill -9 it is exactly as if the run had never stopped. So it is after Ctrl-C and SIGTERM, except
+    where environments are made anew at checkpoints (environment.resume is rebuild): the checkpoint that the signal adds
+    makes them anew once more.
+    """
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Its directory."""
@@ -283,12 +288,15 @@ def _recorded_defaults(directory: Path) -> dict[str, Any]:
 def _conclude(result: Result, run: Run, seconds: float, asked: Train | Resume) -> int:
     """Say what was made, where, and what to do next."""
     from upslope.report.conclusion import finished, resume_command, stopped
+    from upslope.train.config_file import read_evaluation
 
     own = None if type(run.algorithm).__module__.startswith("upslope.") else asked.recipe
     console = Console()
     if result.interrupted:
         total = asked.steps if isinstance(asked, Resume) else None
-        console.print(stopped(result, run, resume_command(result, steps=total, recipe=own)), soft_wrap=True)
+        rebuilt = read_evaluation(result.directory)[0].resume == "rebuild"
+        command = resume_command(result, steps=total, recipe=own)
+        console.print(stopped(result, run, command, rebuilt=rebuilt), soft_wrap=True)
         return INTERRUPTED
     longer = resume_command(result, steps=2 * run.steps, recipe=own)
     another = asked.another_seed(run.seed + 1) if isinstance(asked, Train) else None

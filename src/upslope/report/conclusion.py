@@ -28,10 +28,22 @@ def resume_command(result: Result, *, steps: int | None = None, recipe: str | No
     return shlex.join(words)
 
 
-def stopped(result: Result, run: Run, command: str) -> RenderableType:
-    """After a signal: where the run stands, and the command that goes on with it."""
+def stopped(result: Result, run: Run, command: str, *, rebuilt: bool) -> RenderableType:
+    """After a signal: where the run stands, and the command that goes on with it.
+
+    Args:
+        result: of the run.
+        run: its configuration.
+        command: goes on with it.
+        rebuilt: the environments are made anew at every checkpoint, hence at this one too.
+    """
+    once_more = (
+        " Its environments cannot be saved: they are made anew and open episodes cut here, so the run will differ from "
+        "one that was not stopped."
+    )
     return Group(
-        Text(f"Stopped at step {result.steps:,} of {run.steps:,}; everything is saved. To go on:"),
+        Text(f"Stopped at step {result.steps:,} of {run.steps:,}; everything is saved.{once_more if rebuilt else ''}"),
+        Text("To go on:"),
         Text(f"  {command}", style="bold"),
     )
 
