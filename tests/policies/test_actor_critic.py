@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.distributions as twins
 from torch import Tensor, nn
 
+from upslope import PPO, EnvironmentConfig, EvaluationConfig, RolloutConfig, Run, train
 from upslope.policies import ActorCritic, ActorCriticConfig, build_head
 from upslope.spaces import Box, Composite, Discrete, MultiBinary, MultiDiscrete, Space
 from upslope.trajectory import Batch, Observation, Trajectory, map_observation
@@ -536,6 +538,62 @@ def test_an_encoder_of_ones_own(shared: bool) -> None:
         ActorCritic.from_tree(tree, policy.state_dict())
     again = ActorCritic.from_tree(tree, policy.state_dict(), encoder=Sines())
     np.testing.assert_array_equal(again.sampler().parameters(arrays), policy.sampler().parameters(arrays))
+
+
+class Moody(nn.Module):
+    """Another function in training mode than in evaluation mode, and no function of its inputs alone."""
+
+    features = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        with torch.no_grad():
+            self.layers[0].weight.copy_(torch.linspace(-1.0, 1.0, 24).view(6, 4))
+            self.layers[0].bias.zero_()
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.layers(observation.float())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_acting_and_learning_are_the_same_function_whatever_the_encoder(shared: bool) -> None:
+    policy = make(encoder=Moody(), shared=shared)
+    before = {name: tensor.clone() for name, tensor in policy.named_buffers()}
+    assert not any(module.training for module in policy.modules())
+    assert policy.train() is policy
+    assert not any(module.training for module in policy.modules())
+    arrays = random_observation(VECTOR, 5)
+    sampler = policy.sampler()
+    action = torch.from_numpy(sampler.sample(arrays, sampler.noise(np.random.default_rng(0), 1, 5)[0]))
+    behaviour = policy.log_prob(tensors(arrays), action)
+    evaluation = policy.evaluate(batch(tensors(arrays), action))
+    assert torch.equal(torch.exp(evaluation.log_prob - behaviour), torch.ones(5))
+    np.testing.assert_allclose(
+        sampler.parameters(arrays), evaluation.distribution.parameters.detach().numpy(), atol=1e-6
+    )
+    for name, buffer in policy.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_encoder(tmp_path: Path) -> None:
+    """PyTorch's global generator, from which Dropout draws, has no say in it."""
+    weights: list[Tensor] = []
+    for place in ("one", "other"):
+        run = Run(
+            environment=EnvironmentConfig(id="CartPole-v1", count=2),
+            rollout=RolloutConfig(steps=16),
+            policy=ActorCriticConfig(hidden=(8,)),
+            algorithm=PPO(epochs=2),
+            evaluation=EvaluationConfig(episodes=1),
+            steps=64,
+            seed=3,
+            directory=tmp_path / place,
+        )
+        policy = train(run, encoder=Moody()).policy
+        weights.append(torch.cat([parameter.detach().reshape(-1) for parameter in policy.parameters()]))
+        torch.rand(7)
+    assert torch.equal(*weights)
 
 
 def test_an_encoder_must_say_how_many_features_it_has() -> None:

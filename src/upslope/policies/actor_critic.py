@@ -36,6 +36,10 @@ class ActorCritic(nn.Module):
 
         policy = ActorCritic(space, actions, ActorCriticConfig(), generator=generator, encoder=Sines())
 
+    The policy is in evaluation mode always, while it learns too: Dropout passes everything on and BatchNorm uses the
+    statistics it came with. What acts is then exactly what learns (the ratio is 1 before the first step), and a seed
+    decides the weights.
+
     Args:
         observation_space: what the policy sees.
         action_space: what it does; one leaf.
@@ -68,6 +72,7 @@ class ActorCritic(nn.Module):
         self.reward_normalizer = RewardNormalizer(clip=config.reward_clip) if config.normalize_reward else None
         self._own_encoder = encoder is not None
         self._build_networks(encoder, generator)
+        self.eval()
 
     def _build_networks(self, encoder: nn.Module | None, generator: torch.Generator | None) -> None:
         config, head = self.config, self.head
@@ -99,6 +104,11 @@ class ActorCritic(nn.Module):
             if not (config.shared or self.vector_only):
                 self.critic_encoder = make_encoder() if encoder is None else copy.deepcopy(encoder)
             self.critic = make_mlp(inputs, hidden, 1, output_gain=config.value_gain if config.orthogonal else None)
+
+    def train(self, mode: bool = True) -> ActorCritic:
+        """Evaluation mode, whatever `mode` is: see the class."""
+        del mode
+        return super().train(False)
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
