@@ -69,6 +69,8 @@ class Resume:
     """A new total of environment steps; `1e6` may be written."""
     recipe: str | None = None
     """The recipe that made it, path/to/file.py:function; needed only where that uses classes of your own."""
+    environment: str | None = None
+    """The id of its environment; needed only where that is module:Name-v0, since making it imports the module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class Evaluate:
     """Decides where episodes start and what is sampled."""
     best: bool = False
     """Take the policy that was best in evaluation during the run, not the last one."""
+    environment: str | None = None
+    """Another environment; needed only where the run's own is module:Name-v0, since making it imports the module."""
     render: bool = False
     """Watch an episode in a window."""
     video: bool = False
@@ -175,9 +179,11 @@ def _resume(arguments: list[str]) -> int:
     given = None if command.recipe is None else as_recorded(load_recipe(command.recipe), recorded_run(command.run))
     run = read_run(command.run) if given is None else given
     start = time.monotonic()
-    result = resume(command.run, run=given, steps=command.steps)
+    result = resume(command.run, run=given, steps=command.steps, environments=command.environment)
     if command.steps is not None:
         run = dataclasses.replace(run, steps=command.steps)
+    if command.environment is not None:
+        run = dataclasses.replace(run, environment=dataclasses.replace(run.environment, id=command.environment))
     return _conclude(result, run, time.monotonic() - start, command)
 
 
@@ -186,7 +192,13 @@ def _evaluate(arguments: list[str]) -> int:
     from upslope.report.terminal import evaluation_table
     from upslope.train import evaluate_run
 
-    report = evaluate_run(command.run, episodes=command.episodes, seed=command.seed, best=command.best)
+    report = evaluate_run(
+        command.run,
+        episodes=command.episodes,
+        seed=command.seed,
+        best=command.best,
+        environments=command.environment,
+    )
     console = Console()
     console.print(evaluation_table(report))
     if command.render or command.video:
@@ -196,6 +208,8 @@ def _evaluate(arguments: list[str]) -> int:
 
         policy = load(command.run / ("best" if command.best else "policy"))
         environment, _ = read_evaluation(command.run)
+        if command.environment is not None:
+            environment = dataclasses.replace(environment, id=command.environment)
         if command.render:
             _say(console, f"shown: an episode with a return of {watch(policy, environment, seed=command.seed):,.1f}")
         if command.video:
@@ -295,10 +309,10 @@ def _conclude(result: Result, run: Run, seconds: float, asked: Train | Resume) -
     if result.interrupted:
         total = asked.steps if isinstance(asked, Resume) else None
         rebuilt = read_evaluation(result.directory)[0].resume == "rebuild"
-        command = resume_command(result, steps=total, recipe=own)
+        command = resume_command(result, run, steps=total, recipe=own)
         console.print(stopped(result, run, command, rebuilt=rebuilt), soft_wrap=True)
         return INTERRUPTED
-    longer = resume_command(result, steps=2 * run.steps, recipe=own)
+    longer = resume_command(result, run, steps=2 * run.steps, recipe=own)
     another = asked.another_seed(run.seed + 1) if isinstance(asked, Train) else None
     resumed = isinstance(asked, Resume)
     console.print(

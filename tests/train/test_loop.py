@@ -25,6 +25,7 @@ from tiny_runs import remains, tiny
 import upslope
 from upslope import EnvironmentConfig, EvaluationConfig, LogConfig, OptimizerConfig, RolloutConfig, Run
 from upslope.collect import EndlessEpisodeError, EnvironmentFailureError, NonFiniteError, UnknownEnvironmentError
+from upslope.errors import UsageError
 from upslope.train import Snapshot, evaluate_run, load, resume, train
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint
 from upslope.train.config_file import read_run
@@ -219,13 +220,47 @@ def test_a_function_that_makes_environments_is_trained_and_evaluated_in(tmp_path
     assert result.evaluation.deterministic_returns.mean() == pytest.approx(
         0.01 * result.evaluation.deterministic_lengths.mean()
     )
-    with pytest.raises(ResumeError, match="pass it again"):
+    with pytest.raises(UsageError, match="pass it again"):
         resume(tmp_path / "run")
     assert resume(tmp_path / "run", environments=Cheap, steps=640).steps == 640
-    with pytest.raises(ValueError, match="pass a function that makes one"):
+    with pytest.raises(UsageError, match="pass it again"):
         evaluate_run(tmp_path / "run", episodes=2)
     report = evaluate_run(str(tmp_path / "run"), episodes=2, environments=Cheap)
     assert report.deterministic_returns == pytest.approx(0.01 * report.deterministic_lengths)
+
+
+def test_an_environment_object_judges_a_run(tmp_path: Path) -> None:
+    train(tiny(tmp_path, steps=64))
+    report = evaluate_run(tmp_path / "run", episodes=2, environments=Cheap())
+    assert report.deterministic_returns == pytest.approx(0.01 * report.deterministic_lengths)
+
+
+def test_a_module_named_by_a_run_directory_alone_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may have written a run directory; who trusts it names the environment."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    imported = tmp_path / "imported"
+    (tmp_path / "strange_module.py").write_text(f"import pathlib\npathlib.Path({str(imported)!r}).touch()\n")
+    train(tiny(tmp_path, steps=64))
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"id": "CartPole-v1"', '"id": "strange_module:CartPole-v1"'))
+    mine = read_run(tmp_path / "run")
+    for attempt in (
+        lambda: resume(tmp_path / "run", steps=128),
+        lambda: resume(tmp_path / "run", steps=128, run=mine),
+        lambda: evaluate_run(tmp_path / "run", episodes=2),
+    ):
+        with pytest.raises(UsageError, match=r"--environment strange_module:CartPole-v1"):
+            attempt()
+    with pytest.raises(ResumeError, match=r"environment.id: 'strange_module:CartPole-v1' -> 'CartPole-v1'"):
+        resume(tmp_path / "run", steps=128, environments="CartPole-v1")
+    evaluate_run(tmp_path / "run", episodes=2, environments="CartPole-v1")
+    assert not imported.exists()
+    evaluate_run(tmp_path / "run", episodes=2, environments="strange_module:CartPole-v1")
+    assert imported.exists()
+    resume(tmp_path / "run", steps=128, environments="strange_module:CartPole-v1")
+    assert read_run(tmp_path / "run").environment == mine.environment
 
 
 class Doubled(torch.nn.Module):

@@ -14,18 +14,19 @@ from upslope.report.terminal import evaluation_table
 from upslope.train import Result, Run
 
 
-def resume_command(result: Result, *, steps: int | None = None, recipe: str | None = None) -> str:
+def resume_command(result: Result, run: Run, *, steps: int | None = None, recipe: str | None = None) -> str:
     """The command that goes on with a run.
 
     Args:
         result: of the run.
+        run: its configuration.
         steps: a new total of environment steps, if it is not the recorded one.
         recipe: the recipe, if it has classes of the user's own.
     """
     words = ["upslope", "resume", str(as_seen_from_here(result.directory))]
     words += [] if steps is None else ["--steps", str(steps)]
     words += [] if recipe is None else ["--recipe", recipe]
-    return shlex.join(words)
+    return shlex.join(words + _environment_again(run))
 
 
 def stopped(result: Result, run: Run, command: str, *, rebuilt: bool) -> RenderableType:
@@ -79,7 +80,10 @@ def finished(
     ]
     alike = quoted.removesuffix(str(run.seed)) + "*" if quoted.endswith(f"-seed{run.seed}") else f"{quoted} OTHER_RUN"
     following = [
-        ("judge it", f"upslope evaluate {quoted} --episodes 100"),
+        (
+            "judge it",
+            shlex.join(["upslope", "evaluate", str(directory), "--episodes", "100", *_environment_again(run)]),
+        ),
         ("train on", longer),
         *([] if another is None else [("train another seed", another)]),
         ("compare seeds", f"upslope compare {alike} --out curves.png"),
@@ -87,6 +91,11 @@ def finished(
     ]
     parts += _section("made", made, styles=("cyan", "")) + _section("next", following, styles=("", "cyan"))
     return Group(*parts)
+
+
+def _environment_again(run: Run) -> list[str]:
+    """The option that names an environment which a run directory alone may not."""
+    return ["--environment", run.environment.id] if ":" in run.environment.id else []
 
 
 def as_seen_from_here(path: Path) -> Path:

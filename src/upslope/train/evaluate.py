@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +11,11 @@ from torch import nn
 
 from upslope.collect import EnvironmentConfig, Source, evaluate_policy, make_environments
 from upslope.collect.vector import VectorEnvironment
+from upslope.errors import UsageError
 from upslope.policies import ActorCritic
 from upslope.train.config_file import read_evaluation
+from upslope.train.given import check_recorded, split_source
 from upslope.train.saving import load
-
-GIVEN = "given:"
-"""Begins the recorded id of an environment that no id makes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +46,20 @@ class Evaluator:
         environment: as in training, but always stepped in this process.
         environments: how many side by side.
         seed: of the run; evaluation draws from streams of its own and never disturbs training.
-        source: a function that makes an environment, in place of the id.
+        source: an object in place of the id: a function that makes an environment, an environment, or a VectorEnv;
+            closed with the evaluator.
     """
 
     def __init__(
         self, environment: EnvironmentConfig, *, environments: int, seed: int, source: Source | None = None
     ) -> None:
+        alone = source is not None and not isinstance(source, Callable)
         self._config = replace(
-            environment, count=environments, vectorization="sync", resume="rebuild", truncation="bootstrap"
+            environment,
+            count=1 if alone else environments,
+            vectorization="sync",
+            resume="rebuild",
+            truncation="bootstrap",
         )
         self._seed = seed
         self._source = source
@@ -92,7 +98,7 @@ class Evaluator:
 def evaluate_run(
     directory: str | Path,
     *,
-    episodes: int,
+    episodes: int = 100,
     seed: int = 0,
     best: bool = False,
     environments: Source | None = None,
@@ -105,26 +111,24 @@ def evaluate_run(
         episodes: for each way to act.
         seed: decides starts and sampling.
         best: take the policy that was best in evaluation instead of the latest.
-        environments: a function that makes an environment; needed where `train` was given one.
+        environments: where to judge it, if not in the recorded environment; as for `train`. Needed where that was given
+            an object, or an environment with an id `module:Name-v0`, since making it imports the module.
         encoder: a fresh module of the kind `train` was given, if it was.
 
     Raises:
+        ConfigError: if there is no run there.
         CheckpointError: if the policy is missing or damaged.
-        ValueError: if there is no run there, or it needs its environments or encoder.
+        UsageError: if it needs its environments.
+        ValueError: if it needs its encoder.
     """
     if episodes < 1:
-        raise ValueError(f"an evaluation needs at least one episode, got episodes={episodes}")
+        raise UsageError(f"an evaluation needs at least one episode, got episodes={episodes}")
     directory = Path(directory)
-    environment, settings = read_evaluation(directory)
-    if environments is None and environment.id.startswith(GIVEN):
-        raise ValueError(
-            "this run was trained in an environment that was passed as an object or a function: pass a function that "
-            f"makes one, upslope.evaluate_run({str(directory)!r}, episodes={episodes}, environments=...)"
-        )
+    recorded, settings = read_evaluation(directory)
+    check_recorded(recorded, environments)
+    environment, source = split_source(environments, recorded)
     policy = load(directory / ("best" if best else "policy"), encoder=encoder)
-    evaluator = Evaluator(
-        environment, environments=min(episodes, settings.environments), seed=seed, source=environments
-    )
+    evaluator = Evaluator(environment, environments=min(episodes, settings.environments), seed=seed, source=source)
     try:
         return evaluator.evaluate(policy, episodes=episodes, index=0)
     finally:

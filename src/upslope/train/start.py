@@ -16,8 +16,9 @@ from torch import nn
 
 from upslope.collect import EnvironmentConfig, Source, make_environments, resolve_environments
 from upslope.train.config import Run
-from upslope.train.config_file import config_to_tree, differences, read_run, recorded_run
-from upslope.train.evaluate import GIVEN, Evaluator
+from upslope.train.config_file import config_to_tree, differences, read_evaluation, read_run, recorded_run
+from upslope.train.evaluate import Evaluator
+from upslope.train.given import check_recorded, given_id, split_source, was_given
 from upslope.train.log import require_wandb
 from upslope.train.loop import Callback, Result, Training
 from upslope.train.run_directory import RunDirectory, run_name
@@ -41,8 +42,8 @@ def train(
         run: the configuration, for example `upslope.recipes.cartpole_ppo()`.
         environments: what to train in instead of `run.environment.id`: a function that makes an environment, an
             environment, a Gymnasium VectorEnv, an id, or a config in place of `run.environment`.
-        evaluation_environments: a function that makes an environment to evaluate in; needed where `environments` is
-            an object, of which no second one can be made, unless the run never evaluates.
+        evaluation_environments: the same for evaluation; needed where `environments` is an object, of which no second
+            one can be made, unless the run never evaluates.
         encoder: a module of the user's own to read observations with.
         callbacks: called after every update.
 
@@ -57,14 +58,11 @@ def train(
     if run.log.wandb:
         require_wandb()
     with _threads(run.threads):
-        if isinstance(environments, str):
-            run, environments = replace(run, environment=replace(run.environment, id=environments)), None
-        elif isinstance(environments, EnvironmentConfig):
-            run, environments = replace(run, environment=environments), None
-        given = _Given(environments, evaluation_environments, encoder, callbacks)
-        if environments is not None:
-            run = replace(run, environment=replace(run.environment, id=_given_id(environments)))
-        resolution = resolve_environments(run.environment if environments is None else environments, run.environment)
+        environment, source = split_source(environments, run.environment)
+        given = _Given(source, evaluation_environments, encoder, callbacks)
+        if source is not None:
+            environment = replace(environment, id=given_id(source))
+        resolution = resolve_environments(environment if source is None else source, environment)
         run = replace(run, environment=resolution.config)
         evaluator = _evaluator(run, given)
         with _session(run, given) as session, _new_directory(run) as directory:
@@ -88,25 +86,26 @@ def resume(
         directory: the run directory.
         run: its configuration, needed only where the recipe uses classes of the user's own.
         steps: a new total of environment steps.
-        environments, evaluation_environments, encoder, callbacks: as given to `train`.
+        environments, evaluation_environments, encoder, callbacks: as given to `train`. An environment with an id
+            `module:Name-v0` has to be named again, since making it imports the module.
 
     Raises:
         RunDirectoryError: if there is no run there or it is in use.
+        UsageError: if the environment has to be passed again.
         ResumeError: if the configuration, the spaces or the network changed.
     """
     directory = Path(directory)
     with RunDirectory.open(directory) as opened:
-        run = read_run(directory) if run is None else _same(run, directory)
+        recorded, _ = read_evaluation(directory)
+        check_recorded(recorded, environments)
+        run = read_run(directory) if run is None else run
+        environment, source = split_source(environments, run.environment)
+        run = _same(replace(run, environment=environment), directory, recorded, source)
         if steps is not None:
             run = replace(run, steps=steps)
         if run.log.wandb:
             require_wandb()
-        if environments is None and run.environment.id.startswith(GIVEN):
-            raise ResumeError(
-                "this run was trained in an environment that was passed as an object or a function: pass it again, "
-                f"upslope.resume({str(directory)!r}, environments=...)"
-            )
-        given = _Given(environments, evaluation_environments, encoder, callbacks)
+        given = _Given(source, evaluation_environments, encoder, callbacks)
         with _threads(run.threads), _session(run, given) as session:
             training = Training(session, opened, _evaluator(run, given), given.callbacks, resumed=True)
             write_file_atomically(opened.config_path, _config_file(run))
@@ -123,11 +122,6 @@ class _Given:
     callbacks: Sequence[Callback]
 
 
-def _given_id(source: Source) -> str:
-    name = getattr(source, "__name__", type(source).__name__)
-    return f"{GIVEN}{name}"
-
-
 @contextmanager
 def _session(run: Run, given: _Given) -> Iterator[Session]:
     source = run.environment if given.environments is None else given.environments
@@ -139,8 +133,8 @@ def _session(run: Run, given: _Given) -> Iterator[Session]:
 
 
 def _evaluator(run: Run, given: _Given) -> Evaluator:
-    source = given.evaluation_environments
-    if source is None and given.environments is not None:
+    environment, source = split_source(given.evaluation_environments, run.environment)
+    if given.evaluation_environments is None and given.environments is not None:
         if not isinstance(given.environments, Callable):
             if run.evaluation.times or run.evaluation.final_episodes:
                 raise ValueError(
@@ -152,7 +146,7 @@ def _evaluator(run: Run, given: _Given) -> Evaluator:
     wanted = run.evaluation
     episodes = min(wanted.episodes, wanted.final_episodes or wanted.episodes)
     environments = min(wanted.environments, episodes)
-    return Evaluator(run.environment, environments=environments, seed=run.seed, source=source)
+    return Evaluator(environment, environments=environments, seed=run.seed, source=source)
 
 
 @contextmanager
@@ -175,13 +169,16 @@ def _config_file(run: Run) -> bytes:
     return (json.dumps(tree, indent=2) + "\n").encode()
 
 
-def _same(run: Run, directory: Path) -> Run:
-    """The given configuration, if it differs from the recorded one only in what may change."""
-    recorded = recorded_run(directory)
-    settled = {name: recorded["environment"][name] for name in ("id", "vectorization", "resume")}
-    run = replace(run, environment=replace(run.environment, **settled))
+def _same(run: Run, directory: Path, recorded: EnvironmentConfig, source: Source | None) -> Run:
+    """The given configuration with the environments' recorded ways, if it differs only in what may change."""
+    environment = replace(run.environment, vectorization=recorded.vectorization, resume=recorded.resume)
+    if source is not None:
+        environment = replace(environment, id=recorded.id)
+    run = replace(run, environment=environment)
     given = json.loads(json.dumps(config_to_tree(run)))
-    changed = {name: pair for name, pair in differences(recorded, given).items() if not name.startswith(_MAY_CHANGE)}
+    may_change = (*_MAY_CHANGE, "environment.id") if was_given(recorded) else _MAY_CHANGE
+    found = differences(recorded_run(directory), given)
+    changed = {name: pair for name, pair in found.items() if not name.startswith(may_change)}
     if changed:
         listed = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
         raise ResumeError(f"the configuration is not the one the run was started with ({listed}); start a new run")
