@@ -60,3 +60,21 @@ def test_decay_rates_of_the_optimiser() -> None:
 def test_numbers_of_the_environment(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EnvironmentConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 1_000_000}, "threads must be at most 1024"),
+        ({"algorithm": PPO(gae_lambda=1.5)}, "gae_lambda lies between 0 and 1, got 1.5"),
+        ({"algorithm": PPO(entropy_coefficient=float("nan"))}, r"PPO\.entropy_coefficient must be a finite number"),
+        (
+            {"optimizer": OptimizerConfig(learning_rate=float("inf"))},
+            r"OptimizerConfig\.learning_rate must be a finite",
+        ),
+    ],
+)
+def test_numbers_of_a_run(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Run(**{"environment": EnvironmentConfig(), **parts})

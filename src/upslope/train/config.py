@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -13,6 +14,8 @@ from upslope.policies import ActorCriticConfig
 
 AlgorithmConfig: TypeAlias = PPO | A2C | OneStepActorCritic | Reinforce
 """The algorithms a configuration file may name. A new algorithm is one file and its name in this line."""
+
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,9 +158,13 @@ class Run:
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         _at_least(1, steps=self.steps, threads=self.threads)
-        _at_least(0, seed=self.seed)
+        _at_least(0, seed=self.seed, every_steps=self.log.every_steps)
+        if self.threads > _MOST_THREADS:
+            raise ValueError(f"threads must be at most {_MOST_THREADS}, got {self.threads}; small networks want 1")
         if not 0.0 <= self.algorithm.gamma <= 1.0:
             raise ValueError(f"gamma is a discount factor from 0 to 1, got {self.algorithm.gamma}")
+        _check_numbers(self.algorithm)
+        _check_numbers(self.optimizer)
         own = (self.algorithm,) if type(self.algorithm) in get_args(AlgorithmConfig) else ()
         for part in (self.environment, self.policy, self.optimizer, *own):
             _check_choices(part)
@@ -170,6 +177,16 @@ class Run:
             raise ValueError(f"{type(self.algorithm).__name__} needs a critic: set policy.critic to True")
         if self.policy.normalize_reward and self.rollout.steps is None:
             raise ValueError("normalize_reward follows each environment step by step: set rollout.steps, not episodes")
+
+
+def _check_numbers(settings: Any) -> None:
+    """Refuse NaN, infinity, and a lambda outside 0 to 1."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{type(settings).__name__}.{entry.name} must be a finite number, got {value}")
+        if entry.name == "gae_lambda" and not 0.0 <= value <= 1.0:
+            raise ValueError(f"gae_lambda lies between 0 and 1, got {value}")
 
 
 def _check_choices(settings: Any) -> None:
