@@ -253,6 +253,31 @@ def test_describe_shows_the_estimator_and_every_setting_with_what_was_changed(
     assert rows["policy.hidden"] == ["64", "64"]
 
 
+def test_describe_shows_what_changes_the_estimator_outside_the_algorithm(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = ["--environment.truncation", "as_termination", "--policy.normalize_reward", "--algorithm.gamma", "0.9"]
+    plain = [
+        "--environment.truncation",
+        "bootstrap",
+        "--policy.no_normalize_reward",
+        "--policy.no_normalize_observation",
+    ]
+    rows: list[str] = []
+    for settings in (plain, [*changed, "--policy.normalize_observation", "--policy.observation_clip", "5"]):
+        assert main(["describe", "pendulum-ppo", *settings]) == 0
+        rows.append(said(capsys)[0].split("settings")[0])
+    assert not re.search(r"^(time limits|rewards|observations) ", rows[0], re.MULTILINE)
+    assert re.search(r"^time limits +counted as terminations", rows[1], re.MULTILINE)
+    assert re.search(r"^rewards +divided by .*gamma=0.9, then", rows[1], re.MULTILINE)
+    assert re.search(r"^observations +shifted and scaled by .* clipped to", rows[1], re.MULTILINE)
+    assert "[-5, 5]" in rows[1]
+    assert main(["train", "cartpole-ppo", *SMALL, "--policy.normalize_reward"]) == 0
+    said(capsys)
+    assert main(["describe", "runs/cartpole-ppo-seed1"]) == 0
+    assert re.search(r"^rewards +divided by", said(capsys)[0], re.MULTILINE)
+
+
 def test_a_run_from_training_to_comparison(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "cartpole-ppo", *SMALL]) == 0
     out, _ = said(capsys)

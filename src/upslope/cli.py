@@ -225,6 +225,7 @@ def _describe(arguments: list[str]) -> int:
         return DONE
     from upslope.report.terminal import default_settings, estimator_table, settings_table
     from upslope.train.config_file import config_to_tree, recorded_estimator, recorded_run
+    from upslope.train.describe import describe_run
 
     if arguments and Path(arguments[0]).is_dir():
         directory = Path(arguments[0])
@@ -233,7 +234,7 @@ def _describe(arguments: list[str]) -> int:
         defaults = _recorded_defaults(directory)
     else:
         _, run = _configured(arguments, "describe")
-        tree, estimator, defaults = config_to_tree(run), run.algorithm.describe(), default_settings(run)
+        tree, estimator, defaults = config_to_tree(run), describe_run(run), default_settings(run)
     console = Console()
     console.print(Text(tree["recipe"], style="bold cyan"), "on", Text(tree["environment"]["id"]), highlight=False)
     console.print()

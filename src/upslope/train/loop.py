@@ -116,8 +116,8 @@ class Training:
         self.damaged = set(damaged)
         if found is None and damaged:
             raise ResumeError(
-                f"no checkpoint of {self.directory.path} is whole: {'; '.join(damaged.values())}. Bring back one of them from a "
-                "copy, or start a new run"
+                f"no checkpoint of {self.directory.path} is whole: {'; '.join(damaged.values())}. Bring back one "
+                "of them from a copy, or start a new run"
             )
         for text in damaged.values():
             self._tell(f"damaged checkpoint skipped: {text}")

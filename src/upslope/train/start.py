@@ -17,6 +17,7 @@ from torch import nn
 from upslope.collect import EnvironmentConfig, Source, make_environments, resolve_environments
 from upslope.train.config import Run
 from upslope.train.config_file import config_to_tree, differences, read_evaluation, read_run, recorded_run
+from upslope.train.describe import describe_run
 from upslope.train.evaluate import Evaluator
 from upslope.train.given import check_recorded, given_id, split_source, was_given
 from upslope.train.log import require_wandb
@@ -163,7 +164,7 @@ def _config_file(run: Run) -> bytes:
     packages = ("upslope", "torch", "numpy", "gymnasium", "safetensors")
     tree = {
         "run": config_to_tree(run),
-        "estimator": dict(run.algorithm.describe()),
+        "estimator": describe_run(run),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
     return (json.dumps(tree, indent=2) + "\n").encode()

@@ -1,0 +1,33 @@
+"""The exact estimator of a run in words: the algorithm's own, and what else of the configuration changes it."""
+
+from __future__ import annotations
+
+import math
+
+from upslope.train.config import Run
+
+
+def describe_run(run: Run) -> dict[str, str]:
+    """What `describe()` of the algorithm says, and a row for each other setting that changes the estimate.
+
+    Args:
+        run: the configuration.
+    """
+    rows = dict(run.algorithm.describe())
+    if run.environment.truncation == "as_termination":
+        rows["time limits"] = "counted as terminations: no value beyond them, which is biased (for comparison only)"
+    if run.policy.normalize_reward:
+        rows["rewards"] = (
+            f"divided by the running standard deviation of the return discounted with gamma={run.algorithm.gamma}, "
+            f"then {_clipped(run.policy.reward_clip)}"
+        )
+    if run.policy.normalize_observation:
+        rows["observations"] = (
+            "shifted and scaled by their running mean and standard deviation, then "
+            f"{_clipped(run.policy.observation_clip)}"
+        )
+    return rows
+
+
+def _clipped(limit: float) -> str:
+    return "not clipped" if math.isinf(limit) else f"clipped to [-{limit:g}, {limit:g}]"
