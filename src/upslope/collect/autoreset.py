@@ -117,29 +117,12 @@ class GymnasiumVector:
     ) -> tuple[ObservationArrays, ObservationArrays]:
         """The true last observations of finished episodes, and the observation to act on next."""
         if self.mode is AutoresetMode.SAME_STEP:
-            return self._announced(finished, info), observation
+            return announced_observations(self._environment, self._layout, finished, info), observation
         final = map_observation(lambda array: array[finished], observation)
         if self.mode is AutoresetMode.DISABLED:
             theirs, _ = self._environment.reset(options={"reset_mask": done})
             observation = self._layout.batch(theirs, self.num_envs)
         return final, observation
-
-    def _announced(self, finished: np.ndarray, info: Mapping[str, Any]) -> ObservationArrays:
-        if "final_obs" not in info:
-            raise UnsupportedAutoresetError(
-                f"{self._environment} declares autoreset_mode SAME_STEP but its step() gave no info['final_obs'] when "
-                f"an episode ended (info has {sorted(info)}); without it truncated episodes cannot be bootstrapped. "
-                "Add it, or declare and implement NEXT_STEP"
-            )
-        announced = info["final_obs"]
-        if (isinstance(announced, np.ndarray) and announced.dtype != object) or isinstance(announced, dict | tuple):
-            whole = self._layout.batch(announced, self.num_envs)
-            return map_observation(lambda array: array[finished], whole)
-        rows = self._layout.allocate(len(finished))
-        write = self._layout.writer(rows)
-        for row, index in enumerate(finished):
-            write(row, announced[index])
-        return rows
 
     def snapshot(self) -> Tree:
         """The state of the environment and the observation to act on."""
@@ -176,3 +159,28 @@ class GymnasiumVector:
     def close(self) -> None:
         """Close the environment."""
         self._environment.close()
+
+
+def announced_observations(
+    environment: VectorEnv[Any, Any, Any], layout: ObservationLayout, finished: np.ndarray, info: Mapping[str, Any]
+) -> ObservationArrays:
+    """The true last observations, [len(finished), ...], that a SAME_STEP environment puts into `info["final_obs"]`.
+
+    Raises:
+        UnsupportedAutoresetError: if they are not there.
+    """
+    if "final_obs" not in info:
+        raise UnsupportedAutoresetError(
+            f"{environment} declares autoreset_mode SAME_STEP but its step() gave no info['final_obs'] when "
+            f"an episode ended (info has {sorted(info)}); without it truncated episodes cannot be bootstrapped. "
+            "Add it, or declare and implement NEXT_STEP"
+        )
+    announced = info["final_obs"]
+    if (isinstance(announced, np.ndarray) and announced.dtype != object) or isinstance(announced, dict | tuple):
+        whole = layout.batch(announced, environment.num_envs)
+        return map_observation(lambda array: array[finished], whole)
+    rows = layout.allocate(len(finished))
+    write = layout.writer(rows)
+    for row, index in enumerate(finished):
+        write(row, announced[index])
+    return rows

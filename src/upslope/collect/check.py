@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import multiprocessing
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
 
 from upslope.collect.actions import RandomPolicy, random_action
-from upslope.collect.autoreset import GymnasiumVector
+from upslope.collect.check_vector import VectorWalk
 from upslope.collect.conformance import tick_cases
 from upslope.collect.convert import ObservationLayout, action_cast, convert_action_space
 from upslope.collect.environments import EnvironmentCollector
-from upslope.collect.errors import EnvironmentFailureError, UnsupportedSpaceError
+from upslope.collect.errors import EnvironmentFailureError, UnknownEnvironmentError, UnsupportedSpaceError
 from upslope.collect.evaluation import environment_seeds
-from upslope.collect.make import EnvironmentConfig, environment_factory
+from upslope.collect.make import EnvironmentConfig, environment_factory, has_native, native_factory
 from upslope.collect.resume import freeze, resume_problem
-from upslope.collect.vector import Factory, SyncEnvironments
+from upslope.collect.vector import Factory, SyncEnvironments, VectorEnvironment
+from upslope.collect.workers import AsyncEnvironments
 from upslope.spaces import Leaf
 from upslope.streams import Purpose
+from upslope.trajectory import ObservationArrays
 
 _TOLERANCE = 1e-5
 _MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
@@ -62,13 +69,22 @@ class Report:
         return "\n".join([self.name, *lines, f"{self.name}: {verdict}"])
 
 
-def check_environment(
-    source: EnvironmentConfig | str | Factory | VectorEnv[Any, Any, Any], *, steps: int = 2000, seed: int = 0
-) -> Report:
+Checked: TypeAlias = (
+    EnvironmentConfig | str | VectorEnv[Any, Any, Any] | Factory | Callable[[], VectorEnv[Any, Any, Any]]
+)
+"""What can be checked: a config, a Gymnasium id, `path/to/file.py:MyEnv`, a class or function that makes an environment
+or a vector environment, or a vector environment."""
+
+
+def check_environment(source: Checked, *, steps: int = 2000, seed: int = 0) -> Report:
     """Try an environment out: spaces, types, flags, ends of episodes, seeding, snapshots, and the Tick suite.
 
+    The collector is compared with a plain loop in every way the environment can be stepped, and the transitions of a
+    vectorisation of its own are judged by the autoreset mode it declares.
+
     Args:
-        source: a config, a Gymnasium id, a function that makes one environment, or a vector environment.
+        source: a config, a Gymnasium id, `path/to/file.py:MyEnv` (the file is run), a class or function that makes an
+            environment or a vector environment, or a vector environment.
         steps: how many random steps to take at most.
         seed: of starts and actions.
 
@@ -77,12 +93,45 @@ def check_environment(
         EnvironmentFailureError: if it raises.
     """
     if isinstance(source, VectorEnv):
-        return Report(str(source), tuple(_check_vector(source, steps, seed)))
-    if isinstance(source, str):
-        source = EnvironmentConfig(id=source)
-    factory = environment_factory(source) if isinstance(source, EnvironmentConfig) else source
-    name = source.id if isinstance(source, EnvironmentConfig) else str(factory())
-    return Report(name, tuple(_check_single(factory, steps, seed)))
+        return Report(str(source), (*_check_vector(source, steps, seed), _suite()))
+    if isinstance(source, str) and ".py:" in source:
+        name, source = source, factory_from_file(source)
+    elif isinstance(source, str | EnvironmentConfig):
+        config = EnvironmentConfig(id=source) if isinstance(source, str) else source
+        findings = _check_single(environment_factory(config), steps, seed)
+        if has_native(config):
+            findings += _check_native(config, steps, seed)
+        return Report(config.id, (*findings, _suite()))
+    else:
+        name = ""
+    made = source()
+    name = name or str(made)
+    if isinstance(made, VectorEnv):
+        findings = _check_vector(made, steps, seed)
+    else:
+        findings = _check_single(cast("Factory", source), steps, seed)
+    made.close()
+    return Report(name, (*findings, _suite()))
+
+
+def factory_from_file(place: str) -> Callable[[], Any]:
+    """The class or function `path/to/file.py:Name`; the file is run as a module of its own.
+
+    Raises:
+        UnknownEnvironmentError: if there is no such file, or no such thing in it.
+    """
+    text, _, name = place.rpartition(":")
+    path = Path(text).resolve()
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or specification is None or specification.loader is None:
+        raise UnknownEnvironmentError(f"there is no Python file {path}; write path/to/file.py:MyEnv")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    found = vars(module).get(name)
+    if not callable(found):
+        callables = sorted(key for key, value in vars(module).items() if isinstance(value, type))
+        raise UnknownEnvironmentError(f"{path} has no class or function {name!r}; its classes are {callables}")
+    return found
 
 
 def _check_single(factory: Factory, steps: int, seed: int) -> list[Finding]:
@@ -113,7 +162,11 @@ def _check_single(factory: Factory, steps: int, seed: int) -> list[Finding]:
         if problem is None
         else Finding("note", f"made anew at checkpoints, where open episodes count as truncated: {problem}")
     )
-    findings += [_twin(factory, min(steps, 500), seed), _suite()]
+    length = min(steps, 500)
+    findings.append(_twin(factory, SyncEnvironments([factory]), length, seed))
+    findings.append(_twin(factory, SyncEnvironments([factory] * 2), length // 2, seed))
+    if "fork" in multiprocessing.get_all_start_methods():
+        findings.append(_twin(factory, AsyncEnvironments([factory] * 2, processes=2), length // 2, seed))
     return findings
 
 
@@ -211,43 +264,55 @@ def _seeding(factory: Factory, actions: list[Any], seed: int, expected: list[Any
     )
 
 
-def _twin(factory: Factory, steps: int, seed: int) -> Finding:
+def _twin(factory: Factory, environments: VectorEnvironment, steps: int, seed: int) -> Finding:
     """The collector against a plain loop that never resets in advance: what followed each step must be the same."""
-    environments = SyncEnvironments([factory])
+    count = environments.num_envs
+    how = f"{count} x {environments.vectorization}"
     collector = EnvironmentCollector(environments, steps=steps, seed=seed)
     trajectory = collector.collect(RandomPolicy(environments.action_space), 0)
     collector.close()
+    seeds = environment_seeds(seed, Purpose.ENVIRONMENT, 0, 0, count)
+    lives = [_life(factory, trajectory.action[row].numpy(), seeds[row]) for row in range(count)]
+    rewards, flags = np.stack([life[1] for life in lives]), np.stack([life[2] for life in lives])
+    row, position = np.nonzero(np.logical_not(flags.any(axis=1))[:, :-1])
+    final = np.unravel_index(trajectory.final_index.numpy(), (count, steps))
+    pairs: list[tuple[Any, Any]] = [
+        (trajectory.terminated, flags[:, 0]),
+        (trajectory.truncated, flags[:, 1]),
+        (trajectory.reward, rewards.astype(np.float32)),
+    ]
+    seen, after = _named(trajectory.observation), _named(trajectory.final_observation)
+    for name in seen:
+        true = np.stack([_named(life[0])[name] for life in lives])
+        pairs += [(seen[name][row, position + 1], true[row, position]), (after[name], true[final])]
+    if all(np.array_equal(np.asarray(ours), true) for ours, true in pairs):
+        return Finding(
+            "ok", f"{how}: the collector and a plain loop agree on {steps} steps, final observations included"
+        )
+    return Finding(
+        "problem",
+        f"{how}: the collector and a plain loop over the same seed and actions disagree: the environment remembers "
+        "something across episodes, shares it with others of its class, or returns arrays that it changes later. "
+        "Return copies, and forget everything in reset()",
+    )
+
+
+def _life(factory: Factory, actions: np.ndarray, seed: int) -> tuple[ObservationArrays, np.ndarray, np.ndarray]:
+    """What followed each action [T, ...], the rewards [T] and both flags [2, T]."""
     environment = factory()
     layout = ObservationLayout(environment.observation_space)
-    rows = layout.allocate(steps)
+    rows = layout.allocate(len(actions))
     write = layout.writer(rows)
-    flags = np.zeros((2, steps), dtype=bool)
-    rewards = np.zeros(steps)
-    environment.reset(seed=environment_seeds(seed, Purpose.ENVIRONMENT, 0, 0, 1)[0])
-    actions = action_cast(environment.action_space)(trajectory.action[0].numpy())
+    flags, rewards = np.zeros((2, len(actions)), dtype=bool), np.zeros(len(actions))
+    environment.reset(seed=seed)
+    actions = action_cast(environment.action_space)(actions)
     for position, action in enumerate(actions.tolist() if actions.ndim == 1 else actions):
         observation, rewards[position], flags[0, position], flags[1, position], _ = environment.step(action)
         write(position, observation)
         if flags[:, position].any():
             environment.reset()
     environment.close()
-    goes_on = np.flatnonzero(~(flags[0] | flags[1])[:-1])
-    final = trajectory.final_index.numpy()
-    pairs: list[tuple[Any, Any]] = [
-        (trajectory.terminated[0], flags[0]),
-        (trajectory.truncated[0], flags[1]),
-        (trajectory.reward[0], rewards.astype(np.float32)),
-    ]
-    seen, after = _named(trajectory.observation), _named(trajectory.final_observation)
-    for name, true in _named(rows).items():
-        pairs += [(seen[name][0, goes_on + 1], true[goes_on]), (after[name], true[final])]
-    if all(np.array_equal(np.asarray(ours), true) for ours, true in pairs):
-        return Finding("ok", f"the collector and a plain loop agree on {steps} steps, final observations included")
-    return Finding(
-        "problem",
-        "the collector and a plain loop over the same seed and actions disagree: the environment remembers something "
-        "across episodes, or returns arrays that it changes later. Return copies, and forget everything in reset()",
-    )
+    return rows, rewards, flags
 
 
 def _named(observation: Any) -> dict[str, Any]:
@@ -256,26 +321,28 @@ def _named(observation: Any) -> dict[str, Any]:
 
 def _check_vector(environment: VectorEnv[Any, Any, Any], steps: int, seed: int) -> list[Finding]:
     try:
-        vector = GymnasiumVector(environment)
+        walk = VectorWalk(environment, steps, seed)
     except ValueError as error:
         return [Finding("problem", str(error))]
-    generator = np.random.default_rng(seed)
-    vector.reset([seed] * vector.num_envs)
-    counted = ended = 0
-    while counted < steps:
-        try:
-            step = vector.step(random_action(vector.action_space, generator, vector.num_envs))
-        except ValueError as error:
-            return [Finding("problem", str(error))]
-        counted += vector.num_envs
-        ended += 0 if step.finished is None else len(step.finished)
-    ends = f"autoreset mode {vector.mode.name}: {ended} episodes ended in {counted} steps"
-    return [
-        Finding("ok", f"observations {vector.observation_space}"),
-        Finding("ok", f"actions {vector.action_space}"),
-        Finding("ok" if ended else "note", ends),
-        _suite(),
-    ]
+    findings = [Finding("ok", f"observations {walk.observation_space}"), Finding("ok", f"actions {walk.action_space}")]
+    if walk.problem is not None:
+        return [*findings, Finding("problem", walk.problem)]
+    ends = f"autoreset mode {walk.mode.name} is kept: {walk.ended} episodes ended in {walk.steps} steps"
+    nothing = f"autoreset mode {walk.mode.name}: no episode ended in {walk.steps} steps, so it could not be tried"
+    return [*findings, Finding("ok", ends) if walk.ended else Finding("note", nothing)]
+
+
+def _check_native(config: EnvironmentConfig, steps: int, seed: int) -> list[Finding]:
+    """The vectorisation that an id brings along, which a run may choose."""
+    vector, single = native_factory(dataclasses.replace(config, count=4))(), environment_factory(config)()
+    ours = vector.single_observation_space, vector.single_action_space
+    findings = _check_vector(vector, steps, seed)
+    if ours != (single.observation_space, single.action_space):
+        text = f"has the spaces {ours}, one by one they are {single.observation_space} and {single.action_space}"
+        findings.append(Finding("problem", text))
+    vector.close()
+    single.close()
+    return [Finding(finding.level, f"its own vectorisation: {finding.text}") for finding in findings]
 
 
 def _suite() -> Finding:

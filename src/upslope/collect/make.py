@@ -256,6 +256,12 @@ def _native(config: EnvironmentConfig, source: Factory | None, resume: Resume) -
             f"{config.id if source is None else source} has no vectorisation of its own that can be used here; take "
             "vectorization='sync' or 'async'"
         )
+    make = native_factory(config)
+    return GymnasiumVector(make(), vectorization="native", factory=make, resume=resume)
+
+
+def native_factory(config: EnvironmentConfig) -> Callable[[], VectorEnv[Any, Any, Any]]:
+    """A function that makes `count` environments in their own vectorisation, which there must be (`has_native`)."""
     kwargs: dict[str, Any] = dict(config.kwargs)
     if config.time_limit is not None:
         kwargs["max_episode_steps"] = config.time_limit
@@ -266,7 +272,7 @@ def _native(config: EnvironmentConfig, source: Factory | None, resume: Resume) -
             config.id, lambda: gymnasium.make_vec(config.id, config.count, vectorization_mode=mode, **kwargs)
         )
 
-    return GymnasiumVector(make(), vectorization="native", factory=make, resume=resume)
+    return make
 
 
 def has_native(config: EnvironmentConfig) -> bool:
