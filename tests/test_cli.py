@@ -17,6 +17,7 @@ from upslope.options import as_recorded, configure, whole_number
 from upslope.recipes import RECIPES, load_recipe
 from upslope.train import Run
 from upslope.train.config_file import config_to_tree
+from upslope.train.session import Session
 
 OWN_RECIPE = '''
 from dataclasses import dataclass
@@ -96,11 +97,17 @@ def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[s
         (["train", "cartpole-ppo", "--steps", "1.5"], ["'1.5' is not a whole number"]),
         (["train", "cartpole-reinforce", "--algorithm.clip", "0.1"], ["--algorithm.clip"]),
         (["train", "cartpole-ppo", "--environment.id", "CartPol-v1"], ["CartPol-v1", "CartPole-v1"]),
+        (["train", "cartpole-ppo", *SMALL, "--policy.hidden", "0"], ["hidden"]),
+        (
+            ["train", "cartpole-ppo", *SMALL, "--environment.resume", "snapshot", "--environment.id", "LunarLander-v3"],
+            ["resume='snapshot' is not possible"],
+        ),
         (["train", "cartpole-ppo", "--name", "../up"], ["'../up' is no name for a run"]),
         (["train", "nowhere.py:small"], ["no file 'nowhere.py'"]),
         (["train", "mine.py:smal"], ["no function 'smal'"]),
         (["train", "mine.py:nothing"], ["returned a int"]),
-        (["train", "mine.py:refused"], ["steps must be at least 1"]),
+        (["train", "mine.py:small", "--steps", "0"], ["steps must be at least 1"]),
+        (["train", "cartpole-ppo", "--environment.count", "0"], ["count"]),
         (["resume", "runs/none"], ["runs/none", "run"]),
         (["evaluate", "runs/none"], ["runs/none", "config.json"]),
         (["evaluate"], ["RUN", "--help"]),
@@ -124,9 +131,18 @@ def test_bad_input_is_named_with_a_remedy_and_no_traceback(
     assert not (here / "runs").exists()
 
 
+def test_what_only_the_first_update_can_refuse_has_no_traceback_either(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "cartpole-ppo", *SMALL, "--algorithm.minibatches", "1000"]) == 2
+    assert "128 steps cannot be cut into 1000 minibatches" in said(capsys)[1]
+
+
 def test_a_mistake_in_the_users_code_keeps_its_traceback(here: Path) -> None:
     with pytest.raises(ValueError, match="my own mistake"):
         main(["train", "mine.py:broken"])
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        main(["train", "mine.py:refused"])
 
 
 def test_what_python_or_a_library_below_raises_keeps_its_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +154,9 @@ def test_what_python_or_a_library_below_raises_keeps_its_traceback(here: Path, m
         with pytest.raises(type(error)):
             main(["train", "cartpole-ppo"])
     monkeypatch.setattr("upslope.recipes.load_recipe", load_recipe)
-    monkeypatch.setattr("upslope.cli.configure", lambda run, settings, program: float("no number"))
+    monkeypatch.setattr(Session, "advance", lambda session: float("no number"))
     with pytest.raises(ValueError, match="could not convert"):
-        main(["train", "cartpole-ppo"])
+        main(["train", "cartpole-ppo", *SMALL])
 
 
 def test_a_full_disk_and_a_missing_package_are_named(

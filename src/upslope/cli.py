@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import dis
 import errno
 import json
 import shlex
@@ -25,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
+from upslope.errors import UsageError, checking_usage
 from upslope.options import as_recorded, configure, parse
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     try:
         if name not in _COMMANDS:
-            raise ValueError(f"there is no command {name!r}; {_close(name, _COMMANDS)}")
+            raise UsageError(f"there is no command {name!r}; {_close(name, _COMMANDS)}")
         return _COMMANDS[name].act(rest)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else BAD_INPUT
@@ -279,14 +279,15 @@ def _configured(arguments: list[str], command: str) -> tuple[str, Run]:
     from upslope.report.terminal import default_settings
 
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError(
+        raise UsageError(
             f"name a recipe first, for example `upslope {command} cartpole-ppo`; `upslope recipes` lists them"
         )
     name, *settings = arguments
     run = load_recipe(name)
     if ":" in name and run.recipe == default_settings(run)["recipe"]:
         run = dataclasses.replace(run, recipe=name)
-    return name, configure(run, settings, program=f"upslope {command} {name}")
+    with checking_usage():
+        return name, configure(run, settings, program=f"upslope {command} {name}")
 
 
 def _recorded_defaults(directory: Path) -> dict[str, Any]:
@@ -326,8 +327,9 @@ def _conclude(result: Result, run: Run, seconds: float, asked: Train | Resume) -
 def _refused(error: Exception) -> bool:
     """Whether the library refuses what it was given, as against failing at it.
 
-    It does with errors of its own types, with a ValueError that one of its own `raise` statements made, and where a
-    package is missing that it names; the disk may refuse too.
+    It does with errors of its own types, and where a package is missing that it names; the disk may refuse too.
+    Everything else keeps its traceback: it is a mistake of ours, or one in the user's own code, which the traceback
+    leads to.
     """
     if type(error).__module__.startswith("upslope."):
         return True
@@ -335,13 +337,7 @@ def _refused(error: Exception) -> bool:
         return error.name is None
     if isinstance(error, OSError):
         return error.errno in _DISK_REFUSES
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or not isinstance(error, ValueError):
-        return False
-    ours = str(trace.tb_frame.f_globals.get("__name__")).startswith("upslope.")
-    return ours and dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return False
 
 
 def _complain(text: str) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from upslope.errors import UsageError
+
 if TYPE_CHECKING:
     from upslope.train import Run
 
@@ -50,17 +52,17 @@ def as_recorded(config: Any, tree: Mapping[str, Any], where: str = "run") -> Any
     """A configuration with the values of a tree that the same classes made, the user's own classes included.
 
     Raises:
-        ValueError: the tree was made by another class, or by one with other settings.
+        UsageError: the tree was made by another class, or by one with other settings.
     """
     names = {field.name for field in dataclasses.fields(config)}
     if tree.get("class") != type(config).__name__:
-        raise ValueError(
+        raise UsageError(
             f"{where} is a {type(config).__name__} in the recipe and a {tree.get('class')} in the run directory: give "
             "the recipe that made the run"
         )
     if set(tree) != {"class", *names}:
         other = ", ".join(sorted(set(tree) ^ {"class", *names}))
-        raise ValueError(
+        raise UsageError(
             f"{where} has other settings in the recipe than in the run directory ({other}): give the recipe as it was "
             "when it made the run"
         )
@@ -115,5 +117,5 @@ def whole_number(text: str) -> int:
     except ValueError:
         value = math.nan
     if not value.is_integer():
-        raise ValueError(f"{text!r} is not a whole number; write it as 250000 or 2.5e5")
+        raise UsageError(f"{text!r} is not a whole number; write it as 250000 or 2.5e5")
     return int(value)

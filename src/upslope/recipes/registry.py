@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from upslope.errors import UsageError
 from upslope.recipes import control, presets
 from upslope.train import Run
 
@@ -44,14 +45,14 @@ def load_recipe(name: str) -> Run:
             `Run`. The file is the user's own code and is run.
 
     Raises:
-        ValueError: if there is no such recipe, or what it returns is no `Run`.
+        UsageError: if there is no such recipe, or what it returns is no `Run`.
     """
     if ":" in name:
         return _from_file(name)
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else "`upslope recipes` lists them."
-        raise ValueError(
+        raise UsageError(
             f"there is no recipe called {name!r}; {hint} A recipe of your own is given as path/to/file.py:function"
         )
     return RECIPES[name]()
@@ -61,17 +62,17 @@ def _from_file(name: str) -> Run:
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"there is no file {file!r}; a recipe of your own is given as path/to/file.py:function")
+        raise UsageError(f"there is no file {file!r}; a recipe of your own is given as path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(f"upslope_recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{file!r} is no Python file; a recipe of your own is given as path/to/file.py:function")
+        raise UsageError(f"{file!r} is no Python file; a recipe of your own is given as path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     recipe = getattr(module, function, None)
     if not callable(recipe):
-        raise ValueError(f"{file!r} has no function {function!r}")
+        raise UsageError(f"{file!r} has no function {function!r}")
     run = recipe()
     if not isinstance(run, Run):
-        raise ValueError(f"{name!r} returned a {type(run).__name__}; a recipe returns an upslope.Run")
+        raise UsageError(f"{name!r} returned a {type(run).__name__}; a recipe returns an upslope.Run")
     return run

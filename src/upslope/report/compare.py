@@ -18,6 +18,7 @@ from rich.console import Console, RenderableType
 from rich.console import Group as RenderedTogether
 from rich.table import Table
 
+from upslope.errors import UsageError
 from upslope.report.statistics import bootstrap_interval, interquartile_mean
 from upslope.train.config_file import differences, recorded_run
 from upslope.train.log import Value, read_metrics
@@ -155,14 +156,14 @@ def compare(directories: Sequence[Path], *, metric: str = DEFAULT_METRIC) -> Com
         metric: a name from the evaluation or the train records of metrics.jsonl.
 
     Raises:
-        ValueError: no runs, a directory that is no run, a run twice, or a metric that a run does not have.
+        UsageError: no runs, a directory that is no run, a run twice, or a metric that a run does not have.
     """
     if not directories:
-        raise ValueError("there is nothing to compare: name one run directory or more")
+        raise UsageError("there is nothing to compare: name one run directory or more")
     resolved = [directory.resolve() for directory in directories]
     twice = [str(d) for d, r in zip(directories, resolved, strict=True) if resolved.count(r) > 1]
     if twice:
-        raise ValueError(f"the same run is named more than once: {', '.join(twice)}")
+        raise UsageError(f"the same run is named more than once: {', '.join(twice)}")
     groups: dict[str, list[RunCurve]] = {}
     for directory in directories:
         curve = read_curve(directory, metric=metric)
@@ -177,11 +178,11 @@ def read_curve(directory: Path, *, metric: str = DEFAULT_METRIC) -> RunCurve:
 
     Raises:
         ConfigError: it is no run directory.
-        ValueError: it holds no records yet, or has no such metric.
+        UsageError: it holds no records yet, or has no such metric.
     """
     settings, metrics = recorded_run(directory), directory / "metrics.jsonl"
     if not metrics.is_file():
-        raise ValueError(f"{directory} holds no metrics: it has no {metrics.name}; give what `upslope train` made")
+        raise UsageError(f"{directory} holds no metrics: it has no {metrics.name}; give what `upslope train` made")
     records = read_metrics(metrics)
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     training = [record for record in records if record.get("kind") == "train"]
@@ -189,7 +190,7 @@ def read_curve(directory: Path, *, metric: str = DEFAULT_METRIC) -> RunCurve:
     if not len(steps):
         steps, values = _series(training, metric)
     if not len(steps):
-        raise ValueError(_no_such_metric(directory, metric, records))
+        raise UsageError(_no_such_metric(directory, metric, records))
     training_steps, training_returns = _series(training, "episode_return")
     return RunCurve(
         directory=directory,
@@ -296,7 +297,7 @@ def _common_steps(runs: Sequence[RunCurve]) -> np.ndarray:
     start, end = max(run.steps[0] for run in runs), min(run.steps[-1] for run in runs)
     if start > end:
         names = ", ".join(str(run.directory) for run in runs)
-        raise ValueError(f"these runs have no steps in common, so no mean can be taken over them: {names}")
+        raise UsageError(f"these runs have no steps in common, so no mean can be taken over them: {names}")
     points = min(_POINTS, max(len(run.steps) for run in runs))
     return np.unique(np.linspace(start, end, points).round().astype(np.int64))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from upslope.errors import UsageError
 from upslope.report.compare import DEFAULT_METRIC, Comparison, Group, compare, describe_metric
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -56,11 +57,11 @@ def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Pat
         `path`.
 
     Raises:
-        ValueError: another ending.
+        UsageError: another ending.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"a picture ends in {', '.join(_FORMATS)}, got {path.name!r}")
+        raise UsageError(f"a picture ends in {', '.join(_FORMATS)}, got {path.name!r}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("pictures need matplotlib: pip install 'upslope[report]'")
     from matplotlib import rc_context

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from upslope.collect import EnvironmentConfig, Step, SyncEnvironments, environment_factory, evaluate_policy
+from upslope.errors import UsageError
 from upslope.trajectory import ObservationArrays, Policy
 
 
@@ -48,7 +49,7 @@ def record_video(policy: Policy, environment: EnvironmentConfig, path: Path, *, 
 
     Raises:
         ModuleNotFoundError: moviepy is not installed.
-        ValueError: the environment gives no pictures.
+        UsageError: the environment gives no pictures.
     """
     if importlib.util.find_spec("moviepy") is None:
         raise ModuleNotFoundError("videos need moviepy: pip install 'upslope[video]'")
@@ -99,7 +100,7 @@ class _Filmed:
     def _shoot(self) -> None:
         frame = self.camera.render()
         if not isinstance(frame, np.ndarray):
-            raise ValueError(
+            raise UsageError(
                 "the environment gives no pictures: its render mode 'rgb_array' must return an array from render()"
             )
         height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2  # video formats want even sizes

@@ -11,7 +11,7 @@ from torch import nn
 
 from upslope.collect import EnvironmentConfig, Source, evaluate_policy, make_environments
 from upslope.collect.vector import VectorEnvironment
-from upslope.errors import UsageError
+from upslope.errors import UsageError, checking_usage
 from upslope.policies import ActorCritic
 from upslope.train.config_file import read_evaluation
 from upslope.train.given import check_recorded, split_source
@@ -73,8 +73,11 @@ class Evaluator:
             episodes: for each way to act; at least as many as there are environments are played.
             index: which evaluation of the run this is; decides the starts.
         """
-        environments = self._environments or make_environments(self._source or self._config, self._config)
-        self._environments = environments
+        environments = self._environments
+        if environments is None:
+            with checking_usage():
+                environments = make_environments(self._source or self._config, self._config)
+            self._environments = environments
         mode, sampled = (
             evaluate_policy(
                 policy, environments, episodes=episodes, seed=self._seed, update=index, deterministic=deterministic
@@ -118,8 +121,7 @@ def evaluate_run(
     Raises:
         ConfigError: if there is no run there.
         CheckpointError: if the policy is missing or damaged.
-        UsageError: if it needs its environments.
-        ValueError: if it needs its encoder.
+        UsageError: if it needs its environments or its encoder.
     """
     if episodes < 1:
         raise UsageError(f"an evaluation needs at least one episode, got episodes={episodes}")
@@ -127,7 +129,8 @@ def evaluate_run(
     recorded, settings = read_evaluation(directory)
     check_recorded(recorded, environments)
     environment, source = split_source(environments, recorded)
-    policy = load(directory / ("best" if best else "policy"), encoder=encoder)
+    with checking_usage():
+        policy = load(directory / ("best" if best else "policy"), encoder=encoder)
     evaluator = Evaluator(environment, environments=min(episodes, settings.environments), seed=seed, source=source)
     try:
         return evaluator.evaluate(policy, episodes=episodes, index=0)

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
+from upslope.errors import UsageError
+
 Value: TypeAlias = float | int | str
 Record: TypeAlias = Mapping[str, Value]
 
@@ -156,7 +158,7 @@ def read_metrics(path: Path) -> list[dict[str, Value]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another line is not a JSON object; the message names it.
+        UsageError: another line is not a JSON object; the message names it.
     """
     lines = path.read_bytes().split(b"\n")
     records: list[dict[str, Value]] = []
@@ -164,11 +166,11 @@ def read_metrics(path: Path) -> list[dict[str, Value]]:
         try:
             parsed: object = json.loads(line)
         except ValueError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{path}, line {number}, is not JSON ({error}): the file is damaged; delete that line"
             ) from error
         if not isinstance(parsed, dict):
-            raise ValueError(f"{path}, line {number}, is not a JSON object: the file is damaged; delete that line")
+            raise UsageError(f"{path}, line {number}, is not a JSON object: the file is damaged; delete that line")
         records.append({name: _from_json(value) for name, value in parsed.items()})
     return records
 

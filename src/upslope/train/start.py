@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from upslope.collect import EnvironmentConfig, Source, make_environments, resolve_environments
+from upslope.errors import UsageError, checking_usage
 from upslope.train.config import Run
 from upslope.train.config_file import config_to_tree, differences, read_evaluation, read_run, recorded_run
 from upslope.train.describe import describe_run
@@ -53,22 +54,25 @@ def train(
 
     Raises:
         RunDirectoryError: if the directory holds a run already or is in use.
-        ValueError: if environment, spaces or settings do not go together.
+        UsageError: if environment, spaces or settings do not go together.
         ModuleNotFoundError: if Weights & Biases is asked for and not installed.
     """
     if run.log.wandb:
         require_wandb()
-    with _threads(run.threads):
-        environment, source = split_source(environments, run.environment)
-        given = _Given(source, evaluation_environments, encoder, callbacks)
-        if source is not None:
-            environment = replace(environment, id=given_id(source))
-        resolution = resolve_environments(environment if source is None else source, environment)
-        run = replace(run, environment=resolution.config)
-        evaluator = _evaluator(run, given)
-        with _session(run, given) as session, _new_directory(run) as directory:
+    with _threads(run.threads), ExitStack() as used:
+        with checking_usage():
+            environment, source = split_source(environments, run.environment)
+            given = _Given(source, evaluation_environments, encoder, callbacks)
+            if source is not None:
+                environment = replace(environment, id=given_id(source))
+            resolution = resolve_environments(environment if source is None else source, environment)
+            run = replace(run, environment=resolution.config)
+            evaluator = _evaluator(run, given)
+            session = used.enter_context(_session(run, given))
+            directory = used.enter_context(_new_directory(run))
             write_file_atomically(directory.config_path, _config_file(run))
-            return Training(session, directory, evaluator, given.callbacks, notes=resolution.notes).finish()
+            training = Training(session, directory, evaluator, given.callbacks, notes=resolution.notes)
+        return training.finish()
 
 
 def resume(
@@ -96,21 +100,23 @@ def resume(
         ResumeError: if the configuration, the spaces or the network changed.
     """
     directory = Path(directory)
-    with RunDirectory.open(directory) as opened:
-        recorded, _ = read_evaluation(directory)
-        check_recorded(recorded, environments)
-        run = read_run(directory) if run is None else run
-        environment, source = split_source(environments, run.environment)
-        run = _same(replace(run, environment=environment), directory, recorded, source)
-        if steps is not None:
-            run = replace(run, steps=steps)
-        if run.log.wandb:
-            require_wandb()
-        given = _Given(source, evaluation_environments, encoder, callbacks)
-        with _threads(run.threads), _session(run, given) as session:
+    with RunDirectory.open(directory) as opened, ExitStack() as used:
+        with checking_usage():
+            recorded, _ = read_evaluation(directory)
+            check_recorded(recorded, environments)
+            run = read_run(directory) if run is None else run
+            environment, source = split_source(environments, run.environment)
+            run = _same(replace(run, environment=environment), directory, recorded, source)
+            if steps is not None:
+                run = replace(run, steps=steps)
+            if run.log.wandb:
+                require_wandb()
+            given = _Given(source, evaluation_environments, encoder, callbacks)
+            used.enter_context(_threads(run.threads))
+            session = used.enter_context(_session(run, given))
             training = Training(session, opened, _evaluator(run, given), given.callbacks, resumed=True)
             write_file_atomically(opened.config_path, _config_file(run))
-            return training.finish()
+        return training.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,7 @@ def _evaluator(run: Run, given: _Given) -> Evaluator:
     if given.evaluation_environments is None and given.environments is not None:
         if not isinstance(given.environments, Callable):
             if run.evaluation.times or run.evaluation.final_episodes:
-                raise ValueError(
+                raise UsageError(
                     "an environment passed as an object cannot be evaluated on separately: pass a function that makes "
                     "one, or evaluation_environments, or EvaluationConfig(times=0, final_episodes=0) to go without"
                 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import Algorithm, Now, Passes, State
+from upslope.errors import UsageError
 from upslope.train.optimizer import FlatOptimizer
 from upslope.trajectory import Batch, Policy, Signal, Trajectory, map_observation
 
@@ -135,7 +136,7 @@ def _minibatches(batch: Batch, passes: Passes, generator: np.random.Generator) -
         yield batch
         return
     if count < passes.minibatches:
-        raise ValueError(
+        raise UsageError(
             f"{count} steps cannot be cut into {passes.minibatches} minibatches: collect more steps per update, or "
             "lower algorithm.minibatches"
         )
