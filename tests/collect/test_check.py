@@ -229,7 +229,10 @@ def test_every_way_to_step_is_compared_with_a_plain_loop():
 
 def test_an_environment_in_a_file_is_checked(tmp_path):
     file = tmp_path / "world.py"
-    file.write_text("from upslope.collect import Tick\n\n\nclass MyTick(Tick):\n    pass\n")
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom upslope.collect import Tick\n"
+        "@dataclass\nclass Size:\n    width: int = 1\nclass MyTick(Tick):\n    size = Size()\n"
+    )
     report = check_environment(f"{file}:MyTick", steps=50)
     assert report.ok
     assert report.name == f"{file}:MyTick"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import multiprocessing
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,10 +123,11 @@ def factory_from_file(place: str) -> Callable[[], Any]:
     """
     text, _, name = place.rpartition(":")
     path = Path(text).resolve()
-    specification = importlib.util.spec_from_file_location(path.stem, path)
+    specification = importlib.util.spec_from_file_location(f"checked_{path.stem}", path)
     if not path.is_file() or specification is None or specification.loader is None:
         raise UnknownEnvironmentError(f"there is no Python file {path}; write path/to/file.py:MyEnv")
     module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module
     specification.loader.exec_module(module)
     found = vars(module).get(name)
     if not callable(found):
