@@ -233,6 +233,8 @@ def test_an_environment_object_judges_a_run(tmp_path: Path) -> None:
     train(tiny(tmp_path, steps=64))
     report = evaluate_run(tmp_path / "run", episodes=2, environments=Cheap())
     assert report.deterministic_returns == pytest.approx(0.01 * report.deterministic_lengths)
+    with pytest.raises(UsageError, match=r"made for observations in Box\(shape=\(4,\).*has Box\(shape=\(6,\)"):
+        evaluate_run(tmp_path / "run", episodes=2, environments="Acrobot-v1")
 
 
 def test_a_module_named_by_a_run_directory_alone_is_not_imported(

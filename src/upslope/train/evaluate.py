@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from upslope.collect import EnvironmentConfig, Source, evaluate_policy, make_env
 from upslope.collect.vector import VectorEnvironment
 from upslope.errors import UsageError, checking_usage
 from upslope.policies import ActorCritic
+from upslope.spaces import Box, Composite, Leaf, Space
 from upslope.train.config_file import read_evaluation
 from upslope.train.given import check_recorded, split_source
 from upslope.train.saving import load
@@ -72,12 +74,16 @@ class Evaluator:
             policy: judged with its normalisers as they stand.
             episodes: for each way to act; at least as many as there are environments are played.
             index: which evaluation of the run this is; decides the starts.
+
+        Raises:
+            UsageError: if the policy cannot see or act in these environments.
         """
         environments = self._environments
         if environments is None:
             with checking_usage():
                 environments = make_environments(self._source or self._config, self._config)
             self._environments = environments
+        _check_spaces(policy, environments)
         mode, sampled = (
             evaluate_policy(
                 policy, environments, episodes=episodes, seed=self._seed, update=index, deterministic=deterministic
@@ -96,6 +102,29 @@ class Evaluator:
         if self._environments is not None:
             self._environments.close()
             self._environments = None
+
+
+def _check_spaces(policy: ActorCritic, environments: VectorEnvironment) -> None:
+    """Refuse environments that the policy was not made for; only how far observations reach may differ."""
+    for what, expected, found in (
+        ("observations", policy.observation_space, environments.observation_space),
+        ("actions", policy.action_space, environments.action_space),
+    ):
+        if expected != found and not (what == "observations" and _unbounded(expected) == _unbounded(found)):
+            raise UsageError(
+                f"the policy was made for {what} in {expected}, this environment has {found}: give one like that which "
+                "it was trained in"
+            )
+
+
+def _unbounded(space: Space) -> Space:
+    if isinstance(space, Composite):
+        return Composite(tuple((name, _boundless(leaf)) for name, leaf in space.entries))
+    return _boundless(space)
+
+
+def _boundless(leaf: Leaf) -> Leaf:
+    return replace(leaf, low=-math.inf, high=math.inf) if isinstance(leaf, Box) else leaf
 
 
 def evaluate_run(
