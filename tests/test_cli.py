@@ -57,6 +57,11 @@ def refused() -> Run:
 def nothing() -> int:
     """Returns no Run."""
     return 3
+
+
+def greedy(steps: int) -> Run:
+    """Wants to be told something."""
+    return small()
 '''
 QUIET = ["--log.no_progress", "--log.no_tensorboard", "--log.every_steps", "128", "--environment.vectorization", "sync"]
 SMALL = ["--steps", "512", "--rollout.steps", "64", "--environment.count", "2", *QUIET]
@@ -106,6 +111,7 @@ def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[s
         (["train", "nowhere.py:small"], ["no file 'nowhere.py'"]),
         (["train", "mine.py:smal"], ["no function 'smal'"]),
         (["train", "mine.py:nothing"], ["returned a int"]),
+        (["train", "mine.py:greedy"], ["needs arguments (steps)", "defaults"]),
         (["train", "mine.py:small", "--steps", "0"], ["steps must be at least 1"]),
         (["train", "cartpole-ppo", "--environment.count", "0"], ["count"]),
         (["resume", "runs/none"], ["runs/none", "run"]),

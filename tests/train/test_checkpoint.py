@@ -343,6 +343,9 @@ def test_the_newest_whole_checkpoint_wins_and_each_damaged_one_is_told(tmp_path:
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none", on_damaged=refuse_damage) is None
     assert latest_checkpoint(tmp_path, on_damaged=refuse_damage) is None
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is no directory"):
+        latest_checkpoint(tmp_path / "file", on_damaged=refuse_damage)
 
 
 def test_a_renamed_copy_of_a_checkpoint_loads_but_not_under_the_number_of_another(tmp_path: Path) -> None:

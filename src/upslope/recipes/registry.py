@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,9 @@ def _from_file(name: str) -> Run:
     recipe = getattr(module, function, None)
     if not callable(recipe):
         raise UsageError(f"{file!r} has no function {function!r}")
+    needed = [p.name for p in inspect.signature(recipe).parameters.values() if p.default is p.empty and p.kind < 2]
+    if needed:
+        raise UsageError(f"{name!r} needs arguments ({', '.join(needed)}); a recipe takes none: give them defaults")
     run = recipe()
     if not isinstance(run, Run):
         raise UsageError(f"{name!r} returned a {type(run).__name__}; a recipe returns an upslope.Run")

@@ -99,6 +99,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def latest_checkpoint(directory: Path, *, on_damaged: Callable[[Path, CheckpointError], None]) -> Checkpoint | None:
     """The newest checkpoint in `directory` that is whole, or None; each damaged one met is told and skipped."""
     if not directory.is_dir():
+        if directory.exists():
+            raise CheckpointError(
+                f"{directory} is no directory, so there are no checkpoints in it: bring it back, or move it"
+            )
         return None
     for _, path in sorted(_candidates(directory), key=lambda found: (found[0], found[1].name), reverse=True):
         try:

@@ -81,7 +81,7 @@ class Evaluator:
         environments = self._environments
         if environments is None:
             with checking_usage():
-                environments = make_environments(self._source or self._config, self._config)
+                environments = make_environments(self._config if self._source is None else self._source, self._config)
             self._environments = environments
         _check_spaces(policy, environments)
         mode, sampled = (

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +104,6 @@ class Training:
             resume_at=cursor,
         )
         self.pending: list[dict[str, float]] = []
-        self.clock = time.perf_counter()
         self.logged_steps = session.steps
 
     def _restore(self) -> int:
@@ -201,7 +199,6 @@ class Training:
         if not self.pending:
             return
         session = self.session
-        now = time.perf_counter()
         names = dict.fromkeys(name for metrics in self.pending for name in metrics)
         record: dict[str, Any] = {"kind": "train", "update": session.update, "episodes": session.episodes}
         for name in names:
@@ -209,9 +206,10 @@ class Training:
             record[name] = sum(values) / len(values)
         last = self.pending[-1]
         record.update({name: last[name] for name in ("episode_return", "episode_length") if name in last})
-        record["steps_per_second"] = (session.steps - self.logged_steps) / max(now - self.clock, 1e-9)
+        seconds = sum(metrics["collect_seconds"] + metrics["learn_seconds"] for metrics in self.pending)
+        record["steps_per_second"] = (session.steps - self.logged_steps) / max(seconds, 1e-9)
         self._write_record(record)
-        self.pending, self.clock, self.logged_steps = [], now, session.steps
+        self.pending, self.logged_steps = [], session.steps
 
     def _evaluate(self, episodes: int, *, final: bool, known: bool = False) -> EvaluationReport:
         """Evaluate and record it, unless it is known since the run had come to its end before it was resumed."""
@@ -249,6 +247,7 @@ class Training:
         except (CheckpointError, OSError) as error:
             self.failed_saves += 1
             if not scheduled or self.failed_saves >= _FAILED_SAVES:
+                error.add_note(f"Older checkpoints are as they were; then go on: upslope resume {self.directory.path}")
                 raise
             self._tell(f"checkpoint not saved, training goes on: {error}")
         else:

@@ -35,6 +35,4 @@ def load(path: str | Path, *, encoder: nn.Module | None = None) -> ActorCritic:
     if (place / "policy").is_dir():
         place = place / "policy"
     tensors, tree = load_policy_folder(place)
-    policy = ActorCritic.from_tree(tree, tensors, encoder=encoder)
-    policy.eval()
-    return policy
+    return ActorCritic.from_tree(tree, tensors, encoder=encoder)
