@@ -106,7 +106,7 @@ def pendulum_ppo() -> Run:
         recipe="pendulum-ppo",
         environment=EnvironmentConfig(id="Pendulum-v1", count=1),
         policy=ActorCriticConfig(normalize_observation=True, normalize_reward=True),
-        algorithm=PPO(gamma=0.95, epochs=10, minibatches=32),
+        algorithm=PPO(epochs=10, minibatches=32),
         rollout=RolloutConfig(steps=2048),
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="linear"),
         steps=150_000,
