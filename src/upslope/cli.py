@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _refused(error):
             raise
-        _complain(" ".join([str(error), *getattr(error, "__notes__", [])]))
+        _complain("\n".join([str(error), *getattr(error, "__notes__", [])]))
         return BAD_INPUT
 
 

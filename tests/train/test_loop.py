@@ -29,6 +29,7 @@ from upslope.errors import UsageError
 from upslope.train import Snapshot, evaluate_run, load, resume, train
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint
 from upslope.train.config_file import read_run
+from upslope.train.given import environment_again
 from upslope.train.log import read_metrics
 from upslope.train.run_directory import RunDirectoryError
 from upslope.train.session import ResumeError
@@ -526,3 +527,9 @@ def test_a_policy_that_diverges_says_so(tmp_path: Path) -> None:
     run: Run = tiny(tmp_path, optimizer=OptimizerConfig(kind="sgd", learning_rate=1e30, max_gradient_norm=None))
     with pytest.raises((RuntimeError, NonFiniteError), match="learning rate"):
         train(run)
+
+
+def test_the_way_on_names_an_environment_that_a_run_directory_alone_may_not() -> None:
+    assert environment_again(EnvironmentConfig(id="mine:Reach-v0")) == ["--environment", "mine:Reach-v0"]
+    assert environment_again(EnvironmentConfig(id="CartPole-v1")) == []
+    assert environment_again(EnvironmentConfig(id="given:Reach")) == []

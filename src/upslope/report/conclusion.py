@@ -12,6 +12,7 @@ from rich.text import Text
 
 from upslope.report.terminal import evaluation_table
 from upslope.train import Result, Run
+from upslope.train.given import environment_again
 
 
 def resume_command(result: Result, run: Run, *, steps: int | None = None, recipe: str | None = None) -> str:
@@ -26,7 +27,7 @@ def resume_command(result: Result, run: Run, *, steps: int | None = None, recipe
     words = ["upslope", "resume", str(as_seen_from_here(result.directory))]
     words += [] if steps is None else ["--steps", str(steps)]
     words += [] if recipe is None else ["--recipe", recipe]
-    return shlex.join(words + _environment_again(run))
+    return shlex.join(words + environment_again(run.environment))
 
 
 def stopped(result: Result, run: Run, command: str, *, rebuilt: bool) -> RenderableType:
@@ -82,7 +83,9 @@ def finished(
     following = [
         (
             "judge it",
-            shlex.join(["upslope", "evaluate", str(directory), "--episodes", "100", *_environment_again(run)]),
+            shlex.join(
+                ["upslope", "evaluate", str(directory), "--episodes", "100", *environment_again(run.environment)]
+            ),
         ),
         ("train on", longer),
         *([] if another is None else [("train another seed", another)]),
@@ -91,11 +94,6 @@ def finished(
     ]
     parts += _section("made", made, styles=("cyan", "")) + _section("next", following, styles=("", "cyan"))
     return Group(*parts)
-
-
-def _environment_again(run: Run) -> list[str]:
-    """The option that names an environment which a run directory alone may not."""
-    return ["--environment", run.environment.id] if ":" in run.environment.id else []
 
 
 def as_seen_from_here(path: Path) -> Path:

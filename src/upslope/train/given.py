@@ -34,6 +34,11 @@ def was_given(config: EnvironmentConfig) -> bool:
     return config.id.startswith(_GIVEN)
 
 
+def environment_again(config: EnvironmentConfig) -> list[str]:
+    """The command line's option that names an environment which a run directory alone may not (`check_recorded`)."""
+    return ["--environment", config.id] if ":" in config.id and not was_given(config) else []
+
+
 def check_recorded(config: EnvironmentConfig, source: Source | None) -> None:
     """Refuse to make an environment that a run directory alone names, where none can or none should be made.
 

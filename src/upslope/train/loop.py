@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from upslope.policies import ActorCritic
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
 from upslope.train.config_file import recorded_run
 from upslope.train.evaluate import EvaluationReport, Evaluator
+from upslope.train.given import environment_again
 from upslope.train.log import MetricsLog
 from upslope.train.progress import ProgressDisplay
 from upslope.train.run_directory import RunDirectory
@@ -131,6 +133,10 @@ class Training:
             )
         self.best = found.state["best"]
         return found.state["log"]
+
+    def _resume_command(self) -> str:
+        environment = environment_again(self.session.run.environment)
+        return shlex.join(["upslope", "resume", str(self.directory.path), *environment])
 
     def _tell(self, text: str) -> None:
         """Say what must not go unnoticed, display or not."""
@@ -247,7 +253,7 @@ class Training:
         except (CheckpointError, OSError) as error:
             self.failed_saves += 1
             if not scheduled or self.failed_saves >= _FAILED_SAVES:
-                error.add_note(f"Older checkpoints are as they were; then go on: upslope resume {self.directory.path}")
+                error.add_note(f"Older checkpoints are as they were; then go on: {self._resume_command()}")
                 raise
             self._tell(f"checkpoint not saved, training goes on: {error}")
         else:
@@ -273,7 +279,7 @@ class Training:
         except (CheckpointError, OSError) as failure:
             error.add_note(f"What was learnt since the last checkpoint could not be saved: {failure}")
         else:
-            error.add_note(f"Everything learnt is saved; once it is mended: upslope resume {self.directory.path}")
+            error.add_note(f"Everything learnt is saved; once it is mended: {self._resume_command()}")
 
 
 def _crossed(before: int, after: int, total: int, times: int) -> bool:
