@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,6 +100,7 @@ def test_tensorboard_shows_what_the_file_holds_also_after_a_resume(tmp_path: Pat
             if step == 4:
                 cursor = log.cursor()
             log.write({"kind": "train", "kl": float(step), "note": "text"}, step=step)
+    time.sleep(1.1)  # event files are read in the order of the seconds in their names, then of a number without padding
     with MetricsLog(path, tensorboard=events, resume_at=cursor) as log:
         for step in range(4, 8):
             log.write({"kind": "train", "kl": 10.0 * step}, step=step)
