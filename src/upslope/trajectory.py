@@ -208,6 +208,11 @@ class Sampler(Protocol):
 class Policy(Protocol):
     """Observation -> distribution over actions, and where there is a critic, value."""
 
+    @property
+    def sequential(self) -> bool:
+        """Whether a step's distribution depends on earlier positions of its row, so that rows must stay whole."""
+        ...
+
     def sampler(self) -> Sampler:
         """A lean view for rollouts; valid while the parameters stay where they are."""
         ...

@@ -47,6 +47,10 @@ class TabularPolicy(nn.Module):
         self.value = nn.Parameter(torch.randn(states, generator=generator, dtype=torch.float64))
         self.critic_calls = 0
 
+    @property
+    def sequential(self) -> bool:
+        return False
+
     def sampler(self) -> Any:
         raise NotImplementedError
 

@@ -276,6 +276,10 @@ def test_acting_uses_no_more_threads_than_there_is_work_for(count, threads):
     seen = set()
 
     class Counting(RandomPolicy):
+        @property
+        def sequential(self) -> bool:
+            return False
+
         def sampler(self):
             return self
 

@@ -42,6 +42,10 @@ class Linear(nn.Module):
         torch.manual_seed(0)
         self.actor, self.critic = nn.Linear(3, 3).double(), nn.Linear(3, 1).double()
 
+    @property
+    def sequential(self) -> bool:
+        return False
+
     def sampler(self) -> Any:
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, State
+from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
 from upslope.estimators import (
     discount_weight,
     gae,
@@ -46,6 +46,16 @@ class OneStepActorCritic:
     def passes(self) -> Passes:
         """One step on each fragment."""
         return Passes()
+
+    @property
+    def target(self) -> Target:
+        """The mean over steps: state weights mu, and so the gradient over the mean length of an episode."""
+        return Target(
+            gradient="discounted" if self.discounted_states else "undiscounted_states",
+            per="step",
+            requires=("on_policy", "exact_critic"),
+            biased_by=_entropy_bias(self.entropy_coefficient),
+        )
 
     def initial_state(self) -> State:
         """Nothing is carried."""
@@ -105,6 +115,17 @@ class A2C:
         """One step on each fragment."""
         return Passes()
 
+    @property
+    def target(self) -> Target:
+        """The mean over steps; fragments bootstrap, so that the critic matters at any lambda."""
+        scaled = ("the batch's standard deviation divides the advantage",) if self.normalize_advantage else ()
+        return Target(
+            gradient="undiscounted_states",
+            per="step",
+            requires=("on_policy", "exact_critic"),
+            biased_by=scaled + _entropy_bias(self.entropy_coefficient),
+        )
+
     def initial_state(self) -> State:
         """Nothing is carried."""
         return {}
@@ -162,3 +183,7 @@ def score_and_value_loss(
             "entropy": weighted_sum(evaluation.entropy, batch.weight),
         }
     return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
+
+
+def _entropy_bias(coefficient: float) -> tuple[str, ...]:
+    return ("the entropy bonus adds its own gradient",) if coefficient != 0.0 else ()

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, scheduled
+from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled
 from upslope.estimators import (
     adapted_coefficient,
     clipped,
@@ -106,6 +106,19 @@ class PPO:
             recompute_advantage=self.recompute_advantage,
             target_kl=self.target_kl,
             kl_stop=self.kl_stop,
+        )
+
+    @property
+    def target(self) -> Target:
+        """At ratio 1, where the clip is not felt, the mean over steps; away from it a surrogate's gradient."""
+        biases = ("the minibatch's standard deviation divides the advantage",) if self.normalize_advantage else ()
+        if self.entropy_coefficient != 0.0:
+            biases += ("the entropy bonus adds its own gradient",)
+        return Target(
+            gradient="undiscounted_states",
+            per="step",
+            requires=("on_policy", "exact_critic"),
+            biased_by=biases,
         )
 
     def initial_state(self) -> State:

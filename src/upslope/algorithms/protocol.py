@@ -18,6 +18,34 @@ ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 """How a coefficient moves over a run: not at all, to zero in a straight line, or to zero along half a cosine."""
 
 
+GradientName: TypeAlias = Literal["discounted", "undiscounted_states", "average_reward"]
+"""grad J_gamma; the same with gamma^t dropped, sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a); grad r_bar."""
+
+Condition: TypeAlias = Literal["exact_critic", "on_policy", "no_time_limit", "many_trajectories"]
+"""What an estimator may need to be unbiased: V = v_pi; data of the policy being differentiated; no step cut by a time
+limit; averages over so many trajectories that a ratio of means is the mean of ratios."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What the mean of an algorithm's ascent direction is, and when: declared by the algorithm, checked by the audit.
+
+    Attributes:
+        gradient: which gradient the mean is proportional to.
+        per: "trajectory": the gradient itself. "step": the gradient over the mean length of an episode, since the
+            average is over steps (state weights mu instead of eta).
+        factor: what else multiplies it, such as (G - 1) / G.
+        requires: the mean is exactly that only where all of these hold; where one does not, there is bias.
+        biased_by: settings under which no condition makes it exact, in words; empty where there are none.
+    """
+
+    gradient: GradientName
+    per: Literal["trajectory", "step"]
+    factor: float = 1.0
+    requires: tuple[Condition, ...] = ()
+    biased_by: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
     """How the steps of one update are used.
@@ -72,6 +100,11 @@ class Algorithm(Protocol):
     @property
     def passes(self) -> Passes:
         """How the steps of one update are used."""
+        ...
+
+    @property
+    def target(self) -> Target:
+        """Which gradient the ascent direction of the actor follows on average, and under which conditions."""
         ...
 
     def initial_state(self) -> State:

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, State
+from upslope.algorithms.protocol import Condition, Loss, Now, Passes, State, Target
 from upslope.estimators import (
     baselined,
     discount_weight,
@@ -63,6 +63,30 @@ class Reinforce:
     def passes(self) -> Passes:
         """One step on whole episodes."""
         return Passes(critic=self.psi not in _WITHOUT_CRITIC, whole_episodes=True)
+
+    @property
+    def target(self) -> Target:
+        """The sum over each whole trajectory; which critics leave the mean alone depends on Psi.
+
+        A baseline may be any function of the state, and GAE at lambda = 1 is one. Choices without a critic need an end
+        that is no time limit, or they take the limit as part of the task.
+        """
+        with_any_critic = self.psi == "baselined" or (self.psi in ("action_value", "advantage") and self.gae_lambda == 1.0)
+        requires: tuple[Condition, ...] = ("on_policy",)
+        if self.psi in _WITHOUT_CRITIC or with_any_critic:
+            requires += ("no_time_limit",)
+        else:
+            requires += ("exact_critic",)
+        discounted = self.discounted_states or self.psi == "total_reward"
+        biases = ("the batch's standard deviation divides Psi",) if self.normalize_advantage else ()
+        if self.entropy_coefficient != 0.0:
+            biases += ("the entropy bonus adds its own gradient",)
+        return Target(
+            gradient="discounted" if discounted else "undiscounted_states",
+            per="trajectory",
+            requires=requires,
+            biased_by=biases,
+        )
 
     def initial_state(self) -> State:
         """Nothing is carried."""

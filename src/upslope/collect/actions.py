@@ -40,6 +40,11 @@ class RandomPolicy:
     def __init__(self, space: Leaf) -> None:
         self._space = space
 
+    @property
+    def sequential(self) -> bool:
+        """Each step stands on its own."""
+        return False
+
     def sampler(self) -> RandomPolicy:
         """Itself."""
         return self

@@ -124,6 +124,11 @@ def _tick_spaces(named: bool) -> tuple[gymnasium.Space[Any], gymnasium.spaces.Di
 class TickPolicy:
     """Fair coins, and the critic V(o) = 10 o. Its own sampler."""
 
+    @property
+    def sequential(self) -> bool:
+        """Each step stands on its own."""
+        return False
+
     def sampler(self) -> TickPolicy:
         """Itself."""
         return self

@@ -201,6 +201,11 @@ class ActorCritic(nn.Module):
 
     # --- acting ------------------------------------------------------------------------------------------------------
 
+    @property
+    def sequential(self) -> bool:
+        """Each step stands on its own."""
+        return False
+
     def sampler(self) -> ActorSampler:
         """A lean view for rollouts; take a new one per rollout."""
         return ActorSampler(

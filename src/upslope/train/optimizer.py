@@ -50,6 +50,11 @@ class FlatOptimizer:
             start = end
         self._optimizer = _build(self.flat, config)
 
+    @property
+    def micro_batches(self) -> int:
+        """Pieces per optimiser step, as configured."""
+        return self.config.micro_batches
+
     def zero_gradient(self) -> None:
         """Clear the gradient before the backward passes of one step."""
         self.gradient.zero_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,8 +12,24 @@ from torch import Tensor
 
 from upslope.algorithms.protocol import Algorithm, Now, Passes, State
 from upslope.errors import UsageError
-from upslope.train.optimizer import FlatOptimizer
 from upslope.trajectory import Batch, Policy, Signal, Trajectory, map_observation
+
+
+class Stepper(Protocol):
+    """Who moves the parameters by the gradients that lie in them."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Pieces per optimiser step; does not change the gradient."""
+        ...
+
+    def zero_gradient(self) -> None:
+        """Clear the gradient before the backward passes of one step."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Use the gradient; returns its norm."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +43,7 @@ class Learned:
 def learn(
     policy: Policy,
     algorithm: Algorithm,
-    optimizer: FlatOptimizer,
+    optimizer: Stepper,
     trajectory: Trajectory,
     *,
     now: Now,
@@ -54,7 +71,7 @@ def learn(
     for epoch in range(passes.epochs):
         if epoch and passes.recompute_advantage:
             value, signal = _signal(policy, algorithm, trajectory)
-            batch = replace(batch, **_flat_signal(passes, trajectory, signal))
+            batch = replace(batch, **_signal_like(batch, trajectory, signal))
         going = True
         for minibatch in _minibatches(batch, passes, generator):
             going = _step(policy, algorithm, optimizer, minibatch, now, learning_rate, totals)
@@ -104,7 +121,7 @@ def _batch(policy: Policy, passes: Passes, trajectory: Trajectory, value: Tensor
         behaviour_distribution=None,
         weight=trajectory.behaviour_log_prob,
     )
-    if not passes.whole_episodes:
+    if not (passes.whole_episodes or policy.sequential):
         batch = _chosen(batch)
     if passes.behaviour_distribution:
         with torch.no_grad():
@@ -119,8 +136,9 @@ def _chosen(batch: Batch) -> Batch:
     return flat if bool(flat.mask.all()) else _select(flat, flat.mask.nonzero().squeeze(-1))
 
 
-def _flat_signal(passes: Passes, trajectory: Trajectory, signal: Signal) -> dict[str, Tensor | None]:
-    if passes.whole_episodes:
+def _signal_like(batch: Batch, trajectory: Trajectory, signal: Signal) -> dict[str, Tensor | None]:
+    """The parts of a signal shaped as the batch holds them: whole rows, or the chosen steps alone."""
+    if batch.mask.dim() > 1:
         return {"advantage": signal.advantage, "value_target": signal.value_target}
     target = signal.value_target
     return {
@@ -131,13 +149,13 @@ def _flat_signal(passes: Passes, trajectory: Trajectory, signal: Signal) -> dict
 
 def _minibatches(batch: Batch, passes: Passes, generator: np.random.Generator) -> Iterator[Batch]:
     """Shuffle once per pass, then cut into parts whose sizes differ by one at most."""
-    count = batch.mask.shape[0]
+    count, unit = batch.mask.shape[0], "steps" if batch.mask.dim() == 1 else "rows"
     if passes.minibatches == 1:
         yield batch
         return
     if count < passes.minibatches:
         raise UsageError(
-            f"{count} steps cannot be cut into {passes.minibatches} minibatches: collect more steps per update, or "
+            f"{count} {unit} cannot be cut into {passes.minibatches} minibatches: collect more {unit} per update, or "
             "lower algorithm.minibatches"
         )
     shuffled = _select(batch, torch.from_numpy(generator.permutation(count)))
@@ -178,7 +196,7 @@ def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
 def _step(
     policy: Policy,
     algorithm: Algorithm,
-    optimizer: FlatOptimizer,
+    optimizer: Stepper,
     minibatch: Batch,
     now: Now,
     learning_rate: float,
@@ -187,10 +205,10 @@ def _step(
     """One optimiser step; False if the KL stop rule forbids it."""
     passes = algorithm.passes
     minibatch = algorithm.prepare(minibatch)
-    if minibatch.mask.dim() > 1:
+    if minibatch.mask.dim() > 1 and not policy.sequential:
         minibatch = _chosen(minibatch)
     optimizer.zero_gradient()
-    parts = min(optimizer.config.micro_batches, minibatch.mask.shape[0])
+    parts = min(optimizer.micro_batches, minibatch.mask.shape[0])
     metrics: list[dict[str, Tensor]] = []
     for part in range(parts):
         piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts)
