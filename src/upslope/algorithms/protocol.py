@@ -21,9 +21,9 @@ ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 GradientName: TypeAlias = Literal["discounted", "undiscounted_states", "average_reward"]
 """grad J_gamma; the same with gamma^t dropped, sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a); grad r_bar."""
 
-Condition: TypeAlias = Literal["exact_critic", "on_policy", "no_time_limit", "many_trajectories"]
-"""What an estimator may need to be unbiased: V = v_pi; data of the policy being differentiated; no step cut by a time
-limit; averages over so many trajectories that a ratio of means is the mean of ratios."""
+Condition: TypeAlias = Literal["exact_critic", "on_policy", "no_time_limit"]
+"""What an estimator may need to be unbiased: V = v_pi; data of the policy being differentiated; no episode cut by a time
+limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

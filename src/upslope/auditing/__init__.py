@@ -1,0 +1,6 @@
+"""The audit: the code that trains, held against exact gradients."""
+
+from upslope.auditing.moments import Moments as Moments
+from upslope.auditing.moments import exact_moments as exact_moments
+from upslope.auditing.moments import sampled_moments as sampled_moments
+from upslope.auditing.report import AuditReport as AuditReport

@@ -1,0 +1,1 @@
+"""The rows of the verification table: what every exported estimator and algorithm declares, and how it is measured."""

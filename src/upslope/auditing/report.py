@@ -1,0 +1,165 @@
+"""What an audit found: bias, spread and their ratio, against the exact gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from upslope.auditing.moments import Moments
+
+Verdict: TypeAlias = Literal["unbiased", "biased", "undecided"]
+"""Undecided: sampled, and neither bias nor its absence shows yet."""
+
+EXACT_TOLERANCE = 1e-9
+"""Relative bias below this is rounding, where every batch was weighted."""
+
+VISIBLE_BIAS = 1e-4
+"""Relative bias above this shows, where every batch was weighted."""
+
+_P_UNBIASED, _P_BIASED = 1e-3, 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditReport:
+    """One estimator on one problem, against one exact gradient.
+
+    Attributes:
+        subject: what was audited.
+        problem: on what.
+        target_name: the exact gradient it was held against, in words.
+        target: [P] that gradient.
+        moments: of the ascent direction of one batch.
+        trajectories: per batch (mean episodes per batch, where episodes go on through batches).
+        steps: per batch.
+        batches: how many batches were weighted or drawn.
+        declared: what the estimator declares in this setting, or None where it declares nothing.
+        reason: what biases it here, if it is declared biased.
+    """
+
+    subject: str
+    problem: str
+    target_name: str
+    target: Tensor
+    moments: Moments
+    trajectories: float = 1.0
+    steps: float = 1.0
+    batches: int = 1
+    declared: Literal["unbiased", "biased"] | None = None
+    reason: str = ""
+
+    @property
+    def bias(self) -> Tensor:
+        """[P] mean minus target."""
+        return self.moments.mean - self.target
+
+    @property
+    def relative_bias(self) -> float:
+        """|bias| / |target|."""
+        return float(self.bias.norm() / self.target.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% confidence interval of the relative bias: a point where it is exact."""
+        if self.moments.covariance_of_mean is None:
+            return self.relative_bias, self.relative_bias
+        margin = 1.96 * math.sqrt(float(self.moments.covariance_of_mean.diagonal().sum())) / float(self.target.norm())
+        return max(self.relative_bias - margin, 0.0), self.relative_bias + margin
+
+    @property
+    def p_value(self) -> float | None:
+        """Chance of a bias at least this large if there were none; None where it is exact.
+
+        Hotelling's statistic over the directions in which the batches vary, as chi-squared.
+        """
+        covariance = self.moments.covariance_of_mean
+        if covariance is None:
+            return None
+        values, vectors = torch.linalg.eigh(covariance)
+        kept = values > 1e-10 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+        rank, draws = int(kept.sum()), self.moments.draws
+        if rank == 0 or draws <= rank + 2:
+            return float(self.relative_bias < EXACT_TOLERANCE)
+        along = vectors[:, kept].T @ self.bias
+        shrink = (draws - rank - 2) / (draws - 1)
+        statistic = shrink * float((along.square() / values[kept]).sum())
+        half = torch.tensor([rank / 2, statistic / 2], dtype=torch.float64)
+        return float(torch.special.gammaincc(half[0], half[1]))
+
+    @property
+    def z(self) -> float | None:
+        """The two-sided z-score with the same p-value; None where it is exact."""
+        if self.p_value is None:
+            return None
+        p = torch.tensor(max(self.p_value, 1e-300), dtype=torch.float64)
+        return float(-torch.special.ndtri(p / 2))
+
+    @property
+    def cosine(self) -> float:
+        """Between mean and target."""
+        return float(torch.nn.functional.cosine_similarity(self.moments.mean, self.target, dim=0))
+
+    @property
+    def variance_per_trajectory(self) -> float:
+        """Variance of one trajectory's worth of data, relative to |target|^2."""
+        return self.moments.variance * self.trajectories / float(self.target @ self.target)
+
+    @property
+    def variance_per_step(self) -> float:
+        """Variance of one step's worth of data, relative to |target|^2."""
+        return self.moments.variance * self.steps / float(self.target @ self.target)
+
+    @property
+    def mean_squared_error(self) -> float:
+        """Of one batch: variance plus squared bias, relative to |target|^2."""
+        return self.moments.variance / float(self.target @ self.target) + self.relative_bias**2
+
+    @property
+    def signal_to_noise(self) -> float:
+        """|mean|^2 / variance of one trajectory."""
+        noise = self.moments.variance * self.trajectories
+        return float(self.moments.mean @ self.moments.mean) / noise if noise > 0.0 else math.inf
+
+    def trajectories_needed(self, accuracy: float = 0.1) -> float:
+        """How many trajectories bring the standard error down to `accuracy` |target|; bias stays whatever they are."""
+        return self.variance_per_trajectory / accuracy**2
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the figures say."""
+        p = self.p_value
+        if p is None:
+            if self.relative_bias < EXACT_TOLERANCE:
+                return "unbiased"
+            return "biased" if self.relative_bias > VISIBLE_BIAS else "undecided"
+        if p > _P_UNBIASED:
+            return "unbiased"
+        return "biased" if p < _P_BIASED else "undecided"
+
+    @property
+    def as_declared(self) -> bool:
+        """Whether the verdict is the declared one (true where nothing is declared)."""
+        return self.declared is None or self.declared == self.verdict
+
+    def __str__(self) -> str:
+        """Plain text, one fact per line."""
+        method = "every batch weighted" if self.moments.exact else f"{self.batches:,} batches drawn"
+        low, high = self.interval
+        spread = "" if self.moments.exact else f" (95%: {low:.2%} to {high:.2%}; z = {self.z:.2f}, p = {self.p_value:.3g})"
+        declared = "" if self.declared is None else f", declared {self.declared}"
+        lines = [
+            f"{self.subject} on {self.problem}: {self.verdict}{declared}" + (f": {self.reason}" if self.reason else ""),
+            f"  target               {self.target_name}",
+            f"  method               {method}",
+            f"  bias                 {self.relative_bias:.3g} of the gradient's length{spread}",
+            f"  cosine               {self.cosine:.6f}",
+            f"  variance             {self.variance_per_trajectory:.4g} per trajectory, {self.variance_per_step:.4g} per "
+            "step (of the squared length)",
+            f"  mean squared error   {self.mean_squared_error:.4g} per batch",
+            f"  signal to noise      {self.signal_to_noise:.4g} per trajectory",
+            f"  trajectories needed  {math.ceil(self.trajectories_needed()):,} for a standard error of 10%",
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""Where an estimator is audited: a problem, the policy differentiated, its critic, who acted, and what a batch is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from upslope.algorithms import Target
+from upslope.collect import EnvironmentCollector
+from upslope.collect.finite import FiniteVectorEnvironment
+from upslope.exact import (
+    FiniteMDP,
+    NamedProblem,
+    StatePolicy,
+    enumerate_episodes,
+    enumerate_fragments,
+    policy_gradient,
+    solve,
+    state_time_occupancy,
+)
+from upslope.trajectory import Policy, Trajectory
+
+Unit: TypeAlias = Literal["episodes", "fragments"]
+"""What a row of a batch is: a whole episode, or a fixed number of steps of an environment that resets itself."""
+
+Critic: TypeAlias = Literal["exact", "perturbed"]
+"""V = v_pi, or that plus an error in every state."""
+
+Behaviour: TypeAlias = Literal["on_policy", "stale"]
+"""Who acted: the policy differentiated, or one with other parameters."""
+
+
+class Setting(Protocol):
+    """A problem with a policy on it: what every batch is, how to draw one, and the exact gradients."""
+
+    @property
+    def name(self) -> str:
+        """Of the problem, and what is unusual about the setting."""
+        ...
+
+    @property
+    def policy(self) -> Policy:
+        """The policy differentiated."""
+        ...
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The actor's."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """In a drawn batch (groups, where rows come in groups)."""
+        ...
+
+    @property
+    def trajectories_per_row(self) -> float:
+        """Mean trajectories in a row (in a group)."""
+        ...
+
+    @property
+    def steps_per_row(self) -> float:
+        """Mean steps in a row (in a group)."""
+        ...
+
+    def every(self) -> Iterator[tuple[float, Trajectory]]:
+        """Each batch of one row there is (one group, where rows come in groups), with its probability."""
+        ...
+
+    def drawn(self, batches: int, seed: int) -> Iterator[Trajectory]:
+        """Batches as training gets them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FiniteSetting:
+    """A finite MDP with a policy whose steps stand on their own.
+
+    Attributes:
+        problem: its name.
+        mdp: its tables, with the discount the estimator uses.
+        policy: differentiated, its critic set.
+        behaviour: who acts; the same object as `policy` where data is on-policy.
+        unit: what a row is.
+        rows: per drawn batch.
+        row_steps: T of a fragment.
+        limit: time limit of the environment, in steps; None for none.
+    """
+
+    problem: str
+    mdp: FiniteMDP
+    policy: StatePolicy
+    behaviour: StatePolicy
+    unit: Unit
+    rows: int
+    row_steps: int
+    limit: int | None
+
+    @classmethod
+    def build(
+        cls,
+        problem: NamedProblem,
+        *,
+        gamma: float,
+        unit: Unit,
+        critic: Critic = "exact",
+        behaviour: Behaviour = "on_policy",
+        limit: int | None = None,
+        rows: int = 32,
+        row_steps: int = 4,
+        seed: int = 0,
+    ) -> FiniteSetting:
+        """A setting on a named problem.
+
+        Args:
+            problem: the problem and the kind of policy it is looked at with.
+            gamma: the discount the estimator uses.
+            unit: what a row is.
+            critic: what the critic knows.
+            behaviour: who acted.
+            limit: time limit in place of the problem's own; None keeps that.
+            rows: per drawn batch.
+            row_steps: T of a fragment.
+            seed: of the policy's parameters.
+        """
+        mdp = replace(problem.mdp, gamma=gamma)
+        policy = problem.policy(seed)
+        with torch.no_grad():
+            policy.value.copy_(solve(mdp, policy).value)
+            if critic == "perturbed":
+                size = 0.5 * (policy.value.std() + 0.1)
+                policy.value.add_(size * torch.cos(1.0 + 3.0 * torch.arange(mdp.states, dtype=torch.float64)))
+        acting = policy
+        if behaviour == "stale":
+            acting = copy.deepcopy(policy)
+            with torch.no_grad():
+                for parameter in actor_parameters(mdp, acting):
+                    wave = torch.sin(1.0 + torch.arange(parameter.numel(), dtype=torch.float64))
+                    parameter.add_(0.5 * wave.view(parameter.shape))
+        return cls(
+            problem=problem.name,
+            mdp=mdp,
+            policy=policy,
+            behaviour=acting,
+            unit=unit,
+            rows=rows,
+            row_steps=row_steps,
+            limit=problem.limit if limit is None else limit,
+        )
+
+    @property
+    def name(self) -> str:
+        """The problem's name."""
+        return self.problem
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Those that log pi depends on."""
+        return actor_parameters(self.mdp, self.policy)
+
+    @property
+    def mean_length(self) -> float:
+        """Mean steps of an episode of the acting policy, as the environment cuts it."""
+        return float(state_time_occupancy(self.mdp, self.behaviour, limit=self.limit).sum())
+
+    @property
+    def steps_per_row(self) -> float:
+        """Mean steps in a row."""
+        return self.row_steps if self.unit == "fragments" else self.mean_length
+
+    @property
+    def trajectories_per_row(self) -> float:
+        """Mean trajectories in a row."""
+        return self.steps_per_row / self.mean_length
+
+    def every(self) -> Iterator[tuple[float, Trajectory]]:
+        """Each batch of one row there is, with its probability."""
+        if self.unit == "episodes":
+            rows = enumerate_episodes(self.mdp, self.behaviour, limit=self.limit)
+        else:
+            rows = enumerate_fragments(self.mdp, self.behaviour, steps=self.row_steps, limit=self.limit)
+        for row, probability in enumerate(rows.behaviour_probability.tolist()):
+            yield probability, rows.select([row])
+
+    def drawn(self, batches: int, seed: int) -> Iterator[Trajectory]:
+        """Batches from the collector that training uses; of fragments, the first tenth is not shown."""
+        environments = FiniteVectorEnvironment(self.mdp, self.rows, time_limit=self.limit)
+        fragments = self.unit == "fragments"
+        collector = EnvironmentCollector(
+            environments,
+            steps=self.row_steps if fragments else None,
+            episodes=None if fragments else self.rows,
+            seed=seed,
+        )
+        before = batches // 10 if fragments else 0
+        for update in range(before + batches):
+            trajectory = collector.collect(self.behaviour, update)
+            if update >= before:
+                yield replace(trajectory, reward=trajectory.reward.to(torch.float64))
+
+    def exact_gradient(self, target: Target) -> Tensor:
+        """[P] what a declared target is here."""
+        gradient = policy_gradient(
+            self.mdp, self.policy, gradient=target.gradient, limit=self.limit, parameters=self.parameters
+        )
+        scale = target.factor if target.per == "trajectory" else target.factor / self.mean_length
+        return gradient * scale
+
+
+def actor_parameters(mdp: FiniteMDP, policy: StatePolicy) -> tuple[nn.Parameter, ...]:
+    """The trainable parameters that log pi(a|s) depends on."""
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    total = policy.log_prob(mdp.observation, torch.zeros(mdp.states, dtype=torch.long)).sum()
+    found = torch.autograd.grad(total, trainable, allow_unused=True)
+    return tuple(parameter for parameter, gradient in zip(trainable, found, strict=True) if gradient is not None)
