@@ -18,6 +18,15 @@ from upslope.exact.token_groups import Groups as Groups
 from upslope.exact.token_groups import enumerate_groups as enumerate_groups
 from upslope.exact.token_problems import TOKEN_PROBLEMS as TOKEN_PROBLEMS
 from upslope.exact.token_problems import token_problem as token_problem
+from upslope.exact.token_solve import TokenSolution as TokenSolution
+from upslope.exact.token_solve import exact_critic as exact_critic
+from upslope.exact.token_solve import regularised_optimum as regularised_optimum
+from upslope.exact.token_solve import sequence_kl as sequence_kl
+from upslope.exact.token_solve import sequence_kl_gradient as sequence_kl_gradient
+from upslope.exact.token_solve import solve_tokens as solve_tokens
+from upslope.exact.token_solve import token_gradient as token_gradient
+from upslope.exact.token_solve import token_objective as token_objective
+from upslope.exact.token_solve import token_theorem_gradient as token_theorem_gradient
 from upslope.exact.tokens import TokenMDP as TokenMDP
 from upslope.exact.tokens import Tokens as Tokens
 from upslope.exact.tokens import enumerate_completions as enumerate_completions
