@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from upslope.exact.finite import FiniteMDP
-from upslope.exact.solve import action_probabilities
+from upslope.exact.solve import action_probabilities, solve
 from upslope.trajectory import Policy, Trajectory
 
 NEGLIGIBLE = 1e-14
@@ -38,6 +39,14 @@ class Rows:
     luck: Tensor
     length: Tensor
     state: Tensor
+    _final: Tensor = field(init=False, repr=False)
+    """[R, T] which entry of `final_observation` a position has; -1 for none."""
+
+    def __post_init__(self) -> None:
+        """Look up the open ends once."""
+        index = self.trajectory.final_index
+        entry = torch.full((self.trajectory.reward.numel(),), -1).index_copy(0, index, torch.arange(len(index)))
+        object.__setattr__(self, "_final", entry.view(self.trajectory.shape))
 
     def __len__(self) -> int:
         """R."""
@@ -52,48 +61,39 @@ class Rows:
         """[R] under the policy the rows were enumerated for."""
         return self.probability(self.trajectory.behaviour_log_prob)
 
-    def select(self, rows: Sequence[int]) -> Trajectory:
+    def select(self, rows: Sequence[int] | Tensor) -> Trajectory:
         """Some rows as one trajectory, no longer than the longest of them; a row may be named more than once."""
-        index = torch.tensor(rows)
+        index = torch.as_tensor(rows, dtype=torch.long)
         whole, longest = self.trajectory, int(self.length[index].max())
-        steps = whole.reward.shape[1]
-        lookup = {int(place): entry for entry, place in enumerate(whole.final_index.tolist())}
-        kept: list[int] = []
-        places: list[int] = []
-        for new, row in enumerate(rows):
-            for position in range(longest):
-                entry = lookup.get(row * steps + position)
-                if entry is not None:
-                    kept.append(entry)
-                    places.append(new * longest + position)
         assert isinstance(whole.observation, Tensor)
         assert isinstance(whole.final_observation, Tensor)
-        return replace(
-            whole,
-            observation=whole.observation[index, :longest],
-            action=whole.action[index, :longest],
-            reward=whole.reward[index, :longest],
-            terminated=whole.terminated[index, :longest],
-            truncated=whole.truncated[index, :longest],
-            mask=whole.mask[index, :longest],
-            behaviour_log_prob=whole.behaviour_log_prob[index, :longest],
-            time=whole.time[index, :longest],
-            final_observation=whole.final_observation[torch.tensor(kept, dtype=torch.long)],
-            final_index=torch.tensor(places, dtype=torch.long),
+        if len(index) == 1:
+            first = int(index)
+
+            def pick(column: Tensor) -> Tensor:
+                return column[first : first + 1, :longest]
+
+        else:
+
+            def pick(column: Tensor) -> Tensor:
+                return column[:, :longest].index_select(0, index)
+
+        entry = pick(self._final).flatten()
+        final_index = (entry >= 0).nonzero().squeeze(-1)
+        return Trajectory(
+            observation=pick(whole.observation),
+            action=pick(whole.action),
+            reward=pick(whole.reward),
+            terminated=pick(whole.terminated),
+            truncated=pick(whole.truncated),
+            mask=pick(whole.mask),
+            behaviour_log_prob=pick(whole.behaviour_log_prob),
+            time=pick(whole.time),
+            final_observation=whole.final_observation[entry[final_index]],
+            final_index=final_index,
             group=None if whole.group is None else whole.group[index],
+            policy_version=whole.policy_version,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Path:
-    """An open or closed row: what happened, and how likely the world makes it."""
-
-    luck: float
-    chance: float
-    state: int
-    time: int
-    steps: tuple[tuple[int, int, float, int, int, bool, bool], ...] = ()
-    """(state, action, reward, following state, time, terminated, truncated)"""
 
 
 def enumerate_episodes(
@@ -103,17 +103,23 @@ def enumerate_episodes(
 
     Args:
         mdp: an episodic problem.
-        policy: how likely actions are; ones of probability below `NEGLIGIBLE` are not followed.
+        policy: how likely actions are; rows of probability below `NEGLIGIBLE` are not followed. Of a policy that looks
+            at earlier steps every action is followed, and rows are left out only where the world makes them negligible.
         limit: episodes are truncated after this many steps; None follows them to their end.
         start: begin in this state instead of the start distribution.
         most: refuse beyond this many rows.
 
     Raises:
-        ValueError: if there are more than `most` rows.
+        ValueError: if there are more than `most` rows, the problem has no episodes, or no episode can begin in `start`.
     """
+    if mdp.kind == "continuing" and limit is None:
+        raise ValueError("a continuing problem has no episodes: give a limit, or use enumerate_fragments")
+    if start is not None and (not 0 <= start < mdp.states or bool(mdp.terminal[start])):
+        raise ValueError(f"start must be a state that is not terminal, from 0 to {mdp.states - 1}; got {start}")
     first = mdp.start if start is None else torch.eye(mdp.states, dtype=torch.float64)[start]
-    paths = [_Path(p, 1.0, state, 0) for state, p in enumerate(first.tolist()) if p > 0.0]
-    return _enumerate(mdp, policy, paths, lambda path: path.steps[-1][5] or path.steps[-1][6], limit, most)
+    states = first.nonzero().squeeze(-1)
+    begin = _begin(states, torch.zeros_like(states), first[states])
+    return _enumerate(mdp, policy, begin, lambda layer, _: layer.terminated | layer.truncated, limit, most)
 
 
 def enumerate_fragments(
@@ -122,25 +128,34 @@ def enumerate_fragments(
     """All rows of `steps` steps of environments that reset themselves and have run for long.
 
     Rows begin in the stationary distribution of state and time under the policy, go through ends of episodes into the
-    next ones, and are cut where the row ends.
+    next ones, and are cut where the row ends. In a continuing problem they begin at time 0 in the stationary
+    distribution of states.
 
     Args:
-        mdp: an episodic problem.
+        mdp: the problem.
         policy: whose steps these are.
         steps: T.
         limit: episodes are truncated after this many steps; None never does.
         most: refuse beyond this many rows.
 
     Raises:
-        ValueError: if there are more than `most` rows.
+        ValueError: if there are more than `most` rows, or a continuing problem is given a limit.
     """
-    occupancy = state_time_occupancy(mdp, policy, limit=limit)
-    share = occupancy / occupancy.sum()
-    paths = [
-        _Path(float(share[time, state]), 1.0, state, time)
-        for time, state in (share > NEGLIGIBLE).nonzero().tolist()
-    ]
-    return _enumerate(mdp, policy, paths, lambda path: len(path.steps) == steps, limit, most)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    if mdp.kind == "continuing":
+        if limit is not None:
+            raise ValueError("a continuing problem has no time limit: leave limit out")
+        with torch.no_grad():
+            share = solve(mdp, policy).on_policy.unsqueeze(0)
+    else:
+        occupancy = state_time_occupancy(mdp, policy, limit=limit)
+        share = occupancy / occupancy.sum()
+    time, states = (share > NEGLIGIBLE).nonzero().unbind(-1)
+    begin = _begin(states, time, share[time, states])
+    return _enumerate(
+        mdp, policy, begin, lambda layer, depth: torch.full_like(layer.terminated, depth + 1 == steps), limit, most
+    )
 
 
 def state_time_occupancy(mdp: FiniteMDP, policy: Policy, *, limit: int | None = None, longest: int = 10_000) -> Tensor:
@@ -149,6 +164,8 @@ def state_time_occupancy(mdp: FiniteMDP, policy: Policy, *, limit: int | None = 
     Raises:
         ValueError: if episodes of more than `longest` steps have noticeable probability.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 step; got {limit}")
     with torch.no_grad():
         move = torch.einsum("sa,sax->sx", action_probabilities(mdp, policy), mdp.transition)
     going = ~mdp.terminal
@@ -163,90 +180,164 @@ def state_time_occupancy(mdp: FiniteMDP, policy: Policy, *, limit: int | None = 
     return torch.stack(rows)
 
 
+class _Outcomes(NamedTuple):
+    """All that can happen, [O], sorted by state: `first[s]` to `first[s] + count[s]` are those of state s."""
+
+    action: Tensor
+    following: Tensor
+    reward: Tensor
+    luck: Tensor
+    chance: Tensor
+    first: Tensor
+    count: Tensor
+
+
+class _Open(NamedTuple):
+    """Rows that go on, [N]: the step they come from in the layer before (-1 for none), and where they stand."""
+
+    parent: Tensor
+    state: Tensor
+    time: Tensor
+    luck: Tensor
+    chance: Tensor
+
+
+class _Layer(NamedTuple):
+    """The steps at one depth of all rows, [N]."""
+
+    parent: Tensor
+    state: Tensor
+    time: Tensor
+    outcome: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    luck: Tensor
+    chance: Tensor
+
+
 def _enumerate(
     mdp: FiniteMDP,
     policy: Policy,
-    paths: list[_Path],
-    complete: Callable[[_Path], bool],
+    begin: _Open,
+    complete: Callable[[_Layer, int], Tensor],
     limit: int | None,
     most: int,
 ) -> Rows:
-    with torch.no_grad():
-        chance = action_probabilities(mdp, policy).tolist()
-    done: list[_Path] = []
-    while paths:
-        path = paths.pop()
-        for longer in _continuations(mdp, chance, path, limit):
-            if longer.luck * longer.chance < NEGLIGIBLE:
-                continue
-            if complete(longer):
-                done.append(longer)
-            elif longer.steps[-1][5] or longer.steps[-1][6]:
-                paths += [
-                    replace(longer, state=state, time=0, luck=longer.luck * p)
-                    for state, p in enumerate(mdp.start.tolist())
-                    if p > 0.0
-                ]
-            else:
-                paths.append(longer)
-        if len(done) + len(paths) > most:
-            raise ValueError(
-                f"there are more than {most} rows: take a smaller problem, a time limit, fewer steps, or samples"
-            )
-    return _seal(mdp, policy, done)
+    """Breadth first: all rows grow by a step at a time. `complete` says which steps of a layer are a row's last."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 step; got {limit}")
+    outcomes = _outcomes(mdp, policy)
+    layers, last = list[_Layer](), list[Tensor]()
+    rows, going = 0, begin
+    while len(going.state):
+        _refuse(rows + len(going.state), most)
+        layer = _step(mdp, outcomes, going, limit)
+        finished = complete(layer, len(layers))
+        layers.append(layer)
+        last.append(finished.nonzero().squeeze(-1))
+        rows += len(last[-1])
+        going = _go_on(mdp, outcomes, layer, ~finished)
+    _refuse(rows, most)
+    return _seal(mdp, policy, outcomes, layers, last)
 
 
-def _continuations(mdp: FiniteMDP, chance: list[list[float]], path: _Path, limit: int | None) -> list[_Path]:
-    longer: list[_Path] = []
-    for action, likely in enumerate(chance[path.state]):
-        if likely < NEGLIGIBLE:
-            continue
-        for following in mdp.transition[path.state, action].nonzero().flatten().tolist():
-            luck = path.luck * float(mdp.transition[path.state, action, following])
-            terminated = bool(mdp.terminal[following])
-            truncated = not terminated and limit is not None and path.time + 1 >= limit
-            for reward, share in _rewards(mdp, path.state, action, following):
-                step = (path.state, action, reward, following, path.time, terminated, truncated)
-                longer.append(
-                    _Path(luck * share, path.chance * likely, following, path.time + 1, (*path.steps, step))
-                )
-    return longer
+def _begin(state: Tensor, time: Tensor, luck: Tensor) -> _Open:
+    return _Open(torch.full_like(state, -1), state, time, luck, torch.ones_like(luck))
 
 
-def _rewards(mdp: FiniteMDP, state: int, action: int, following: int) -> list[tuple[float, float]]:
-    """(reward, probability) of a transition."""
-    where = (state, action, following)
-    if mdp.reward_value is None or mdp.reward_probability is None:
-        return [(float(mdp.reward[where]), 1.0)]
-    pairs = zip(mdp.reward_value[where].tolist(), mdp.reward_probability[where].tolist(), strict=True)
-    return [(value, share) for value, share in pairs if share > 0.0]
+def _refuse(rows: int, most: int) -> None:
+    if rows > most:
+        raise ValueError(
+            f"there are more than {most} rows: take a smaller problem, a time limit, fewer steps, or samples"
+        )
 
 
-def _seal(mdp: FiniteMDP, policy: Policy, done: list[_Path]) -> Rows:
-    length = torch.tensor([len(path.steps) for path in done])
-    width = int(length.max())
-    padding = (0, 0, 0.0, 0, 0, False, False)
-    table = [[*path.steps, *[padding] * (width - len(path.steps))] for path in done]
-    columns = list(zip(*(step for row in table for step in row), strict=True))
-    state, action, following, time = (torch.tensor(columns[i]).view(-1, width) for i in (0, 1, 3, 4))
-    terminated, truncated = (torch.tensor(columns[i]).view(-1, width) for i in (5, 6))
+def _outcomes(mdp: FiniteMDP, policy: Policy) -> _Outcomes:
+    chance = torch.ones(mdp.states, mdp.actions, dtype=torch.float64)
+    if not policy.sequential:
+        with torch.no_grad():
+            chance = action_probabilities(mdp, policy)
+    value, share = mdp.reward_value, mdp.reward_probability
+    if value is None or share is None:
+        value, share = mdp.reward.unsqueeze(-1), torch.ones(1, dtype=torch.float64)
+    luck = mdp.transition.unsqueeze(-1) * share * (~mdp.terminal)[:, None, None, None]
+    where = (luck > 0).nonzero().unbind(-1)
+    state, action, following, _ = where
+    count = torch.bincount(state, minlength=mdp.states)
+    return _Outcomes(
+        action, following, value[where], luck[where], chance[state, action], count.cumsum(0) - count, count
+    )
+
+
+def _step(mdp: FiniteMDP, outcomes: _Outcomes, going: _Open, limit: int | None) -> _Layer:
+    """Everything that can happen to every open row, but what is negligible."""
+    count = outcomes.count[going.state]
+    row = torch.arange(len(count)).repeat_interleave(count)
+    within = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+    outcome = outcomes.first[going.state[row]] + within
+    luck = going.luck[row] * outcomes.luck[outcome]
+    chance = going.chance[row] * outcomes.chance[outcome]
+    kept = luck * chance >= NEGLIGIBLE
+    row, outcome = row[kept], outcome[kept]
+    time = going.time[row]
+    terminated = mdp.terminal[outcomes.following[outcome]]
+    truncated = torch.zeros_like(terminated) if limit is None else ~terminated & (time + 1 >= limit)
+    return _Layer(going.parent[row], going.state[row], time, outcome, terminated, truncated, luck[kept], chance[kept])
+
+
+def _go_on(mdp: FiniteMDP, outcomes: _Outcomes, layer: _Layer, going: Tensor) -> _Open:
+    """The unfinished rows one step later: in the state that followed, or after an end in a new start."""
+    ended = layer.terminated | layer.truncated
+    along = (going & ~ended).nonzero().squeeze(-1)
+    anew = (going & ended).nonzero().squeeze(-1)
+    starts = mdp.start.nonzero().squeeze(-1)
+    again, first = anew.repeat_interleave(len(starts)), starts.repeat(len(anew))
+    return _Open(
+        torch.cat([along, again]),
+        torch.cat([outcomes.following[layer.outcome[along]], first]),
+        torch.cat([layer.time[along] + 1, torch.zeros_like(again)]),
+        torch.cat([layer.luck[along], layer.luck[again] * mdp.start[first]]),
+        torch.cat([layer.chance[along], layer.chance[again]]),
+    )
+
+
+def _seal(mdp: FiniteMDP, policy: Policy, outcomes: _Outcomes, layers: list[_Layer], last: list[Tensor]) -> Rows:
+    """Follow the rows from their last steps back to their first."""
+    width = len(layers)
+    length = torch.cat([torch.full_like(steps, depth + 1) for depth, steps in enumerate(last)])
+    luck = torch.cat([layer.luck[steps] for layer, steps in zip(layers, last, strict=True)])
+    state, time, outcome = (torch.zeros(len(length), width, dtype=torch.long) for _ in range(3))
+    terminated, truncated = (torch.zeros(len(length), width, dtype=torch.bool) for _ in range(2))
+    step, row = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    for depth in reversed(range(width)):
+        layer = layers[depth]
+        step = torch.cat([step, last[depth]])
+        row = torch.cat([row, (length == depth + 1).nonzero().squeeze(-1)])
+        for column, entries in (
+            (state, layer.state),
+            (time, layer.time),
+            (outcome, layer.outcome),
+            (terminated, layer.terminated),
+            (truncated, layer.truncated),
+        ):
+            column[row, depth] = entries[step]
+        step = layer.parent[step]
     mask = torch.arange(width) < length.unsqueeze(-1)
-    last = torch.arange(width) == length.unsqueeze(-1) - 1
-    open_end = mask & ~terminated & (truncated | last)
-    observation = mdp.observation[state]
+    ends = torch.arange(width) == length.unsqueeze(-1) - 1
+    open_end = mask & ~terminated & (truncated | ends)
+    observation, action = mdp.observation[state], outcomes.action[outcome].masked_fill(~mask, 0)
     with torch.no_grad():
         log_prob = policy.log_prob(observation, action).to(torch.float64)
     trajectory = Trajectory(
         observation=observation,
         action=action,
-        reward=torch.tensor(columns[2], dtype=torch.float64).view(-1, width),
+        reward=outcomes.reward[outcome].masked_fill(~mask, 0.0),
         terminated=terminated,
         truncated=truncated,
         mask=mask,
         behaviour_log_prob=log_prob,
         time=time,
-        final_observation=mdp.observation[following[open_end]],
+        final_observation=mdp.observation[outcomes.following[outcome[open_end]]],
         final_index=open_end.flatten().nonzero().squeeze(-1),
     )
-    luck = torch.tensor([path.luck for path in done], dtype=torch.float64)
     return Rows(trajectory=trajectory, luck=luck, length=length, state=state)
