@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from upslope.errors import UsageError
 from upslope.recipes import control, presets
 from upslope.train import Run
+from upslope.user_code import function_from_file
 
 RECIPES: dict[str, Callable[[], Run]] = {
     function.__name__.replace("_", "-"): function
@@ -60,19 +58,7 @@ def load_recipe(name: str) -> Run:
 
 
 def _from_file(name: str) -> Run:
-    file, _, function = name.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UsageError(f"there is no file {file!r}; a recipe of your own is given as path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(f"upslope_recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{file!r} is no Python file; a recipe of your own is given as path/to/file.py:function")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    recipe = getattr(module, function, None)
-    if not callable(recipe):
-        raise UsageError(f"{file!r} has no function {function!r}")
+    recipe = function_from_file(name, what="recipe")
     needed = [p.name for p in inspect.signature(recipe).parameters.values() if p.default is p.empty and p.kind < 2]
     if needed:
         raise UsageError(f"{name!r} needs arguments ({', '.join(needed)}); a recipe takes none: give them defaults")
