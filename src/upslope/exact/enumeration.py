@@ -181,7 +181,7 @@ def state_time_occupancy(mdp: FiniteMDP, policy: Policy, *, limit: int | None = 
 
 
 class _Outcomes(NamedTuple):
-    """All that can happen, [O], sorted by state: `first[s]` to `first[s] + count[s]` are those of state s."""
+    """All that can happen, [O], sorted by state: `first[s]` to `first[s] + choices[s]` are those of state s."""
 
     action: Tensor
     following: Tensor
@@ -189,7 +189,7 @@ class _Outcomes(NamedTuple):
     luck: Tensor
     chance: Tensor
     first: Tensor
-    count: Tensor
+    choices: Tensor
 
 
 class _Open(NamedTuple):
@@ -271,7 +271,7 @@ def _outcomes(mdp: FiniteMDP, policy: Policy) -> _Outcomes:
 
 def _step(mdp: FiniteMDP, outcomes: _Outcomes, going: _Open, limit: int | None) -> _Layer:
     """Everything that can happen to every open row, but what is negligible."""
-    count = outcomes.count[going.state]
+    count = outcomes.choices[going.state]
     row = torch.arange(len(count)).repeat_interleave(count)
     within = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
     outcome = outcomes.first[going.state[row]] + within
