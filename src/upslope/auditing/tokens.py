@@ -1,0 +1,191 @@
+"""Completion problems as a setting: groups of completions of a prompt, a frozen reference policy, exact gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from upslope.algorithms import Target
+from upslope.errors import UsageError
+from upslope.exact import (
+    PrefixTable,
+    TinyTransformer,
+    TokenMDP,
+    TokenPolicy,
+    enumerate_completions,
+    enumerate_groups,
+    exact_critic,
+    sample_completions,
+    solve_tokens,
+    token_gradient,
+    token_problem,
+)
+from upslope.trajectory import Trajectory
+
+Network: TypeAlias = Literal["table", "transformer"]
+"""A free choice at every prefix, or a small causal transformer that shares weights between them."""
+
+TokenCritic: TypeAlias = Literal["exact", "perturbed"]
+"""V = v_pi at every prefix, or that plus an error (of a table; a transformer's critic is as it was drawn)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenSetting:
+    """A completion problem with a policy on it. The discount is 1 and the reward comes with the last token.
+
+    Attributes:
+        problem: its name.
+        tokens: prompts, completions and rewards.
+        policy: differentiated.
+        behaviour: who completes; the same object as `policy` where data is on-policy.
+        reference: a frozen policy to stay close to.
+        size: G, completions in a group; 1 for single completions, which belong to no group.
+        groups: N, groups in the smallest batch: what `every` lists, and what a drawn batch holds `rows` of.
+        rows: times `groups` groups in a drawn batch.
+    """
+
+    problem: str
+    tokens: TokenMDP
+    policy: TokenPolicy
+    behaviour: TokenPolicy
+    reference: TokenPolicy
+    size: int
+    groups: int
+    rows: int
+
+    @classmethod
+    def build(
+        cls,
+        problem: str | TokenMDP,
+        *,
+        name: str = "tokens",
+        size: int = 2,
+        groups: int = 1,
+        network: Network = "table",
+        critic: TokenCritic = "exact",
+        stale: bool = False,
+        rows: int = 4,
+        seed: int = 0,
+    ) -> TokenSetting:
+        """A setting with random policies.
+
+        Args:
+            problem: a named completion problem, or one of one's own.
+            name: what to call one of one's own.
+            size: G.
+            groups: N.
+            network: what the policy is.
+            critic: what the critic knows.
+            stale: the completions come from a policy with other parameters.
+            rows: of a drawn batch.
+            seed: of all parameters.
+
+        Raises:
+            UsageError: if a number is less than 1.
+        """
+        if min(size, groups, rows) < 1:
+            raise UsageError(f"size, groups and rows must be at least 1; got {size}, {groups} and {rows}")
+        tokens = token_problem(problem) if isinstance(problem, str) else problem
+        policy, reference = (_policy(tokens, network, 2 * seed + i) for i in (0, 1))
+        if isinstance(policy, PrefixTable):
+            with torch.no_grad():
+                policy.value.copy_(exact_critic(tokens, policy, solve_tokens(tokens, policy)))
+                if critic == "perturbed":
+                    policy.value.add_(0.3 * torch.cos(1.0 + 3.0 * torch.arange(len(policy.value), dtype=torch.float64)))
+        for parameter in reference.parameters():
+            parameter.requires_grad_(False)
+        behaviour = policy
+        if stale:
+            behaviour = copy.deepcopy(policy)
+            with torch.no_grad():
+                for parameter in behaviour.parameters():
+                    wave = torch.sin(1.0 + torch.arange(parameter.numel(), dtype=torch.float64))
+                    parameter.add_(0.3 * wave.view(parameter.shape))
+        return cls(
+            problem=problem if isinstance(problem, str) else name,
+            tokens=tokens,
+            policy=policy,
+            behaviour=behaviour,
+            reference=reference,
+            size=size,
+            groups=groups,
+            rows=rows,
+        )
+
+    @property
+    def name(self) -> str:
+        """The problem's, and how completions are grouped."""
+        groups = "1 group" if self.groups == 1 else f"{self.groups} groups"
+        stale = "" if self.behaviour is self.policy else ", from another policy"
+        return f"{self.problem} ({'single completions' if self.size == 1 else f'{groups} of {self.size}'}{stale})"
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Those that log pi depends on."""
+        rows = enumerate_completions(self.tokens, self.policy).trajectory
+        trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        total = self.policy.log_prob(rows.observation, rows.action).sum()
+        found = torch.autograd.grad(total, trainable, allow_unused=True)
+        return tuple(parameter for parameter, part in zip(trainable, found, strict=True) if part is not None)
+
+    @property
+    def gamma(self) -> float:
+        """No discount."""
+        return 1.0
+
+    @property
+    def mean_length(self) -> float:
+        """Mean chosen tokens of a completion of the acting policy."""
+        return float(solve_tokens(self.tokens, self.behaviour).mean_length)
+
+    @property
+    def trajectories_per_row(self) -> float:
+        """Completions in the smallest batch."""
+        return float(self.groups * self.size)
+
+    @property
+    def steps_per_row(self) -> float:
+        """Mean tokens chosen in the smallest batch."""
+        return self.trajectories_per_row * self.mean_length
+
+    def every(self) -> Iterator[tuple[float, Trajectory]]:
+        """Each batch of `groups` groups there is, with its probability."""
+        for probability, batch in enumerate_groups(
+            self.tokens, self.behaviour, self.size, groups=self.groups
+        ).batches():
+            yield probability, self._grouped(batch)
+
+    def drawn(self, batches: int, seed: int) -> Iterator[Trajectory]:
+        """Batches of `rows * groups` groups, sampled token by token."""
+        generator = np.random.Generator(np.random.Philox(seed))
+        for _ in range(batches):
+            shape = (self.rows * self.groups, self.size)
+            yield self._grouped(sample_completions(self.tokens, self.behaviour, generator=generator, groups=shape))
+
+    def exact_gradient(self, target: Target) -> Tensor:
+        """[P] what a declared target is here: with a discount of 1, gamma^t changes nothing.
+
+        Raises:
+            ValueError: if the target is the gradient of an average reward.
+        """
+        if target.gradient == "average_reward":
+            raise ValueError("completions end: there is no average reward per step without end")
+        gradient = token_gradient(self.tokens, self.policy, self.parameters)
+        return gradient * (target.factor if target.per == "trajectory" else target.factor / self.mean_length)
+
+    def _grouped(self, batch: Trajectory) -> Trajectory:
+        return replace(batch, group=None) if self.size == 1 else batch
+
+
+def _policy(tokens: TokenMDP, network: Network, seed: int) -> TokenPolicy:
+    if network == "transformer":
+        return TinyTransformer(tokens.vocabulary, tokens.positions, seed=seed)
+    empty = PrefixTable(tokens)
+    generator = torch.Generator().manual_seed(seed)
+    return PrefixTable(tokens, 0.7 * torch.randn(empty.theta.shape, generator=generator, dtype=torch.float64))
