@@ -66,21 +66,17 @@ class TokenPolicy(nn.Module):
         )
 
     def values(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-        """V_t and V'_t, both [B, T]; a row that is cut open is read to its final token.
-
-        Raises:
-            ValueError: if a row is cut open at more than one place: rows hold one sequence each.
-        """
+        """V_t and V'_t, both [B, T]: a row that is cut open is read once more, with its final token."""
         tokens, final = trajectory.observation, trajectory.final_observation
         assert isinstance(tokens, Tensor)
         assert isinstance(final, Tensor)
-        row, position = trajectory.final_index // tokens.shape[1], trajectory.final_index % tokens.shape[1]
-        if len(row.unique()) != len(row):
-            raise ValueError("a row of tokens holds one sequence, but one is cut open at several places: split it")
+        rows, steps = tokens.shape
+        row, after = trajectory.final_index // steps, trajectory.final_index % steps + 1
         longer = torch.cat([tokens, tokens[:, -1:]], dim=1)
-        longer[row, position + 1] = final
-        _, value = self.logits_and_value(longer)
-        return value[:, :-1], trajectory.next_value(value[:, :-1], value[row, position + 1])
+        closed = longer[row].scatter(1, after.unsqueeze(-1), final.unsqueeze(-1))
+        _, value = self.logits_and_value(torch.cat([longer, closed]))
+        present = value[:rows, :steps]
+        return present, trajectory.next_value(present, value[rows:].gather(1, after.unsqueeze(-1)).squeeze(-1))
 
     def _log_policy_and_value(self, observation: Observation) -> tuple[Tensor, Tensor]:
         assert isinstance(observation, Tensor)
