@@ -83,6 +83,26 @@ def parse(kind: type[_Settings], arguments: Sequence[str], *, program: str) -> _
     return tyro.cli(kind, prog=program, args=arguments, registry=_registry(), use_underscores=True)
 
 
+def parse_known(kind: type[_Settings], arguments: Sequence[str], *, program: str) -> tuple[_Settings, list[str]]:
+    """A dataclass from arguments, and the arguments that are not its; leaves as `configure` does."""
+    return tyro.cli(
+        kind, prog=program, args=arguments, registry=_registry(), use_underscores=True, return_unknown_args=True
+    )
+
+
+def parse_over(settings: _Settings, arguments: Sequence[str], *, program: str, description: str) -> _Settings:
+    """A dataclass with some fields changed, as `--psi td_residual`; leaves as `configure` does."""
+    return tyro.cli(
+        type(settings),
+        prog=program,
+        description=description,
+        default=settings,
+        args=arguments,
+        registry=_registry(),
+        use_underscores=True,
+    )
+
+
 def _registry() -> ConstructorRegistry:
     """Whole numbers may be written as `1e6`."""
     registry = ConstructorRegistry()

@@ -124,6 +124,7 @@ class A2C:
             per="step",
             requires=("on_policy", "exact_critic"),
             biased_by=scaled + _entropy_bias(self.entropy_coefficient),
+            batchwise=self.normalize_advantage,
         )
 
     def initial_state(self) -> State:

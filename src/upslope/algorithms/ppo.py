@@ -119,6 +119,7 @@ class PPO:
             per="step",
             requires=("on_policy", "exact_critic"),
             biased_by=biases,
+            batchwise=self.normalize_advantage,
         )
 
     def initial_state(self) -> State:

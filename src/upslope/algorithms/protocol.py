@@ -21,9 +21,9 @@ ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 GradientName: TypeAlias = Literal["discounted", "undiscounted_states", "average_reward"]
 """grad J_gamma; the same with gamma^t dropped, sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a); grad r_bar."""
 
-Condition: TypeAlias = Literal["exact_critic", "on_policy", "no_time_limit"]
-"""What an estimator may need to be unbiased: V = v_pi; data of the policy being differentiated; no episode cut by a time
-limit."""
+Condition: TypeAlias = Literal["exact_critic", "exact_critic_at_limit", "on_policy", "no_time_limit"]
+"""What an estimator may need to be unbiased: V = v_pi; V = v_pi where a time limit cuts an episode; data of the policy
+being differentiated; no episode cut by a time limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +37,8 @@ class Target:
         factor: what else multiplies it, such as (G - 1) / G.
         requires: the mean is exactly that only where all of these hold; where one does not, there is bias.
         biased_by: settings under which no condition makes it exact, in words; empty where there are none.
+        batchwise: whether the rows of a batch change one another's gradient (advantages standardised over the batch),
+            so that the mean over batches is not the mean over rows.
     """
 
     gradient: GradientName
@@ -44,6 +46,7 @@ class Target:
     factor: float = 1.0
     requires: tuple[Condition, ...] = ()
     biased_by: tuple[str, ...] = ()
+    batchwise: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

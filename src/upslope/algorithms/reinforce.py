@@ -68,15 +68,17 @@ class Reinforce:
     def target(self) -> Target:
         """The sum over each whole trajectory; which critics leave the mean alone depends on Psi.
 
-        A baseline may be any function of the state, and GAE at lambda = 1 is one. Choices without a critic need an end
-        that is no time limit, or they take the limit as part of the task.
+        A baseline may be any function of the state, and GAE at lambda = 1 is one: there the critic matters only where a
+        time limit cuts the episode. Choices without a critic take a time limit as part of the task.
         """
-        with_any_critic = self.psi == "baselined" or (self.psi in ("action_value", "advantage") and self.gae_lambda == 1.0)
+        with_any_critic = self.psi == "baselined" or (
+            self.psi in ("action_value", "advantage") and self.gae_lambda == 1.0
+        )
         requires: tuple[Condition, ...] = ("on_policy",)
-        if self.psi in _WITHOUT_CRITIC or with_any_critic:
+        if self.psi in _WITHOUT_CRITIC:
             requires += ("no_time_limit",)
         else:
-            requires += ("exact_critic",)
+            requires += ("exact_critic_at_limit",) if with_any_critic else ("exact_critic",)
         discounted = self.discounted_states or self.psi == "total_reward"
         biases = ("the batch's standard deviation divides Psi",) if self.normalize_advantage else ()
         if self.entropy_coefficient != 0.0:
@@ -86,6 +88,7 @@ class Reinforce:
             per="trajectory",
             requires=requires,
             biased_by=biases,
+            batchwise=self.normalize_advantage,
         )
 
     def initial_state(self) -> State:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from upslope.algorithms import Algorithm
+from upslope.auditing.declared import Circumstances, declaration, in_words, unit_of
 from upslope.auditing.moments import Moments, exact_moments, sampled_moments
 from upslope.auditing.report import AuditReport
-from upslope.auditing.setting import Setting
-from upslope.auditing.source import Source
+from upslope.auditing.setting import FiniteSetting, Setting
+from upslope.auditing.source import AlgorithmSource, Source
+from upslope.exact import NamedProblem, problem
+
+DEFAULT_SAMPLES = 100_000
+"""Trajectories drawn where not every batch can be weighted."""
 
 
 def measure(setting: Setting, source: Source, *, batches: int | None = None, seed: int = 0) -> tuple[Moments, int]:
@@ -39,7 +47,7 @@ def report(
     target_name: str,
     declared: Literal["unbiased", "biased"] | None = None,
     reason: str = "",
-    batches: int | None = None,
+    samples: int | None = None,
     seed: int = 0,
 ) -> AuditReport:
     """Measure and hold against one exact gradient.
@@ -52,11 +60,14 @@ def report(
         target_name: that in words.
         declared: what is declared of it here.
         reason: what biases it here.
-        batches: how many to draw; None weights every batch there is.
+        samples: how many trajectories to draw; None weights every batch there is.
         seed: of the drawing.
     """
+    rows, batches = 1, None
+    if samples is not None:
+        rows = setting.rows
+        batches = max(math.ceil(samples / (rows * setting.trajectories_per_row)), 1)
     moments, count = measure(setting, source, batches=batches, seed=seed)
-    rows = 1 if batches is None else setting.rows
     return AuditReport(
         subject=subject,
         problem=setting.name,
@@ -68,4 +79,66 @@ def report(
         batches=count,
         declared=declared,
         reason=reason,
+    )
+
+
+def audit(
+    algorithm: Algorithm,
+    on: str | NamedProblem = "six-state",
+    *,
+    samples: int | None = None,
+    circumstances: Circumstances | None = None,
+    rows: int = 32,
+    row_steps: int = 3,
+    seed: int = 0,
+) -> AuditReport:
+    """Hold an algorithm, through the training step, against the gradient it declares to follow.
+
+    Every batch of one row (a whole episode, or `row_steps` steps) is weighted by its probability, so that bias is exact
+    to rounding. Where rows of a batch change one another's gradient, or `samples` is given, batches are drawn as
+    training draws them.
+
+    Args:
+        algorithm: its gamma is the discount of the problem.
+        on: a named problem (`upslope.exact.PROBLEMS`), or one of your own.
+        samples: trajectories to draw; None draws only where it must, and then 100,000.
+        circumstances: critic, behaviour, time limit; an exact critic, on-policy and the problem's own limit if None.
+        rows: per drawn batch.
+        row_steps: T of a fragment, for algorithms that learn from fragments.
+        seed: of the policy's parameters, the drawing and the shuffling.
+
+    Returns:
+        The figures, with what the algorithm declares in these circumstances.
+
+    Raises:
+        ValueError: if the problem is unknown, or has too many batches to weight them all (then ask for `samples`).
+    """
+    named = problem(on) if isinstance(on, str) else on
+    given = circumstances or Circumstances()
+    given = replace(given, limit=named.limit if given.limit is None else given.limit)
+    setting = FiniteSetting.build(
+        named,
+        gamma=algorithm.gamma,
+        unit=unit_of(algorithm),
+        critic=given.critic,
+        behaviour=given.behaviour,
+        limit=given.limit,
+        rows=rows,
+        row_steps=max(row_steps, math.ceil(algorithm.passes.minibatches / rows)),
+        seed=seed,
+    )
+    target = algorithm.target
+    declared, reason = declaration(target, given)
+    if samples is None and target.batchwise:
+        samples = DEFAULT_SAMPLES
+    return report(
+        setting,
+        AlgorithmSource(algorithm, seed=seed),
+        subject=type(algorithm).__name__,
+        target=setting.exact_gradient(target),
+        target_name=in_words(target),
+        declared=declared,
+        reason=reason,
+        samples=samples,
+        seed=seed,
     )

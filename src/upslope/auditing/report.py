@@ -144,11 +144,41 @@ class AuditReport:
         """Whether the verdict is the declared one (true where nothing is declared)."""
         return self.declared is None or self.declared == self.verdict
 
+    def tree(self) -> dict[str, float | str | bool | list[float] | None]:
+        """All figures, for JSON."""
+        low, high = self.interval
+        return {
+            "subject": self.subject,
+            "problem": self.problem,
+            "target": self.target_name,
+            "declared": self.declared,
+            "reason": self.reason,
+            "verdict": self.verdict,
+            "as_declared": self.as_declared,
+            "exact": self.moments.exact,
+            "batches": self.batches,
+            "relative_bias": self.relative_bias,
+            "relative_bias_low": low,
+            "relative_bias_high": high,
+            "z": self.z,
+            "p_value": self.p_value,
+            "cosine": self.cosine,
+            "variance_per_trajectory": self.variance_per_trajectory,
+            "variance_per_step": self.variance_per_step,
+            "mean_squared_error": self.mean_squared_error,
+            "signal_to_noise": self.signal_to_noise if math.isfinite(self.signal_to_noise) else None,
+            "trajectories_needed": self.trajectories_needed(),
+            "gradient": self.target.tolist(),
+            "mean": self.moments.mean.tolist(),
+        }
+
     def __str__(self) -> str:
         """Plain text, one fact per line."""
         method = "every batch weighted" if self.moments.exact else f"{self.batches:,} batches drawn"
         low, high = self.interval
-        spread = "" if self.moments.exact else f" (95%: {low:.2%} to {high:.2%}; z = {self.z:.2f}, p = {self.p_value:.3g})"
+        spread = (
+            "" if self.moments.exact else f" (95%: {low:.2%} to {high:.2%}; z = {self.z:.2f}, p = {self.p_value:.3g})"
+        )
         declared = "" if self.declared is None else f", declared {self.declared}"
         lines = [
             f"{self.subject} on {self.problem}: {self.verdict}{declared}" + (f": {self.reason}" if self.reason else ""),

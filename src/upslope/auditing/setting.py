@@ -138,8 +138,9 @@ class FiniteSetting:
         acting = policy
         if behaviour == "stale":
             acting = copy.deepcopy(policy)
+            moved = actor_parameters(mdp, acting)
             with torch.no_grad():
-                for parameter in actor_parameters(mdp, acting):
+                for parameter in moved:
                     wave = torch.sin(1.0 + torch.arange(parameter.numel(), dtype=torch.float64))
                     parameter.add_(0.5 * wave.view(parameter.shape))
         return cls(

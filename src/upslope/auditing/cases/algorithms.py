@@ -1,0 +1,83 @@
+"""The rows of the algorithms: each put to the test of its own declaration, condition by condition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import get_args
+
+from upslope.algorithms import A2C, PPO, Algorithm, OneStepActorCritic, Reinforce
+from upslope.algorithms.reinforce import Psi
+from upslope.auditing.audit import audit
+from upslope.auditing.cases.case import Case
+from upslope.auditing.declared import Circumstances, put_to_the_test
+
+_GAMMA, _LIMIT, _SAMPLES = 0.8, 2, 20_000
+_ONE_PASS = PPO(gamma=_GAMMA, normalize_advantage=False, epochs=1, minibatches=1)
+
+
+def variants() -> Iterator[tuple[str, Algorithm]]:
+    """Every algorithm with every choice that changes its estimator, and that choice in words."""
+    for psi in get_args(Psi):
+        for discounted in (False, True):
+            kept = ", gamma^t kept" if discounted else ""
+            plain = Reinforce(gamma=_GAMMA, psi=psi, discounted_states=discounted)
+            if psi in ("action_value", "advantage"):
+                for gae_lambda in (0.5, 1.0):
+                    yield f"{psi}, lambda {gae_lambda}{kept}", replace(plain, gae_lambda=gae_lambda)
+            elif not (psi == "total_reward" and discounted):
+                yield f"{psi}{kept}", plain
+    for discounted in (False, True):
+        kept = ", gamma^t kept" if discounted else ""
+        yield f"TD residual{kept}", OneStepActorCritic(gamma=_GAMMA, discounted_states=discounted)
+    for gae_lambda in (0.5, 1.0):
+        yield f"lambda {gae_lambda}", A2C(gamma=_GAMMA, gae_lambda=gae_lambda)
+    yield "clip", _ONE_PASS
+    yield "clip, lambda 0.5", replace(_ONE_PASS, gae_lambda=0.5)
+    yield "dual clip", replace(_ONE_PASS, dual_clip=3.0)
+    yield "KL penalty", replace(_ONE_PASS, clip=None, kl_coefficient=1.0)
+    yield "value clip", replace(_ONE_PASS, value_clip=0.2)
+
+
+def altered() -> Iterator[tuple[str, Algorithm]]:
+    """Settings that the algorithms themselves declare to bias the gradient."""
+    yield "standardised Psi", Reinforce(gamma=_GAMMA, normalize_advantage=True)
+    yield "entropy bonus", Reinforce(gamma=_GAMMA, entropy_coefficient=0.1)
+    yield "standardised advantage", A2C(gamma=_GAMMA, normalize_advantage=True)
+    yield "entropy bonus", A2C(gamma=_GAMMA, entropy_coefficient=0.1)
+    yield "entropy bonus", OneStepActorCritic(gamma=_GAMMA, entropy_coefficient=0.1)
+    yield "as it comes: standardised per minibatch", PPO(gamma=_GAMMA)
+    yield "entropy bonus", replace(_ONE_PASS, entropy_coefficient=0.1)
+
+
+def cases() -> Iterator[Case]:
+    """All rows of algorithms."""
+    for words, algorithm in variants():
+        for circumstances in put_to_the_test(algorithm.target, limit=_LIMIT):
+            yield _case(words, algorithm, "six-state", circumstances)
+        yield _case(f"{words}, sampled", algorithm, "six-state", Circumstances(), samples=_SAMPLES)
+    for words, algorithm in altered():
+        yield _case(words, algorithm, "six-state", Circumstances())
+    whole = PPO(gamma=_GAMMA, normalize_advantage=False)
+    yield _case("4 passes of 4 minibatches", whole, "six-state", Circumstances(), samples=_SAMPLES)
+    for name in ("two-state", "noisy-rewards", "bandit"):
+        for algorithm in (Reinforce(gamma=_GAMMA), A2C(gamma=_GAMMA), _ONE_PASS):
+            yield _case("as it comes", algorithm, name, Circumstances())
+    yield _case("reward_to_go", Reinforce(gamma=_GAMMA), "time-limit", Circumstances())
+    yield _case("bootstrapped at the limit", Reinforce(gamma=_GAMMA, psi="baselined"), "time-limit", Circumstances())
+
+
+def _case(
+    words: str,
+    algorithm: Algorithm,
+    problem: str,
+    circumstances: Circumstances,
+    samples: int | None = None,
+    row_steps: int = 2,
+) -> Case:
+    return Case(
+        subject=type(algorithm).__name__,
+        setting=f"{words}; {circumstances}",
+        run=partial(audit, algorithm, problem, circumstances=circumstances, samples=samples, row_steps=row_steps),
+    )

@@ -1,0 +1,90 @@
+"""Whether what an algorithm declares holds: what its target says of a setting, and which settings put it to the test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from upslope.algorithms import Algorithm, Condition, Target
+from upslope.auditing.setting import Behaviour, Critic, FiniteSetting, Unit
+
+_BROKEN: dict[Condition, str] = {
+    "exact_critic": "the critic is wrong",
+    "exact_critic_at_limit": "the critic is wrong where a time limit cuts episodes",
+    "on_policy": "another policy acted",
+    "no_time_limit": "a time limit cuts episodes, and what would follow counts as 0",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Circumstances:
+    """What a target's conditions speak of.
+
+    Attributes:
+        critic: what the critic knows.
+        behaviour: who acted.
+        limit: time limit of the environment in steps, or None.
+    """
+
+    critic: Critic = "exact"
+    behaviour: Behaviour = "on_policy"
+    limit: int | None = None
+
+    def meet(self, condition: Condition) -> bool:
+        """Whether the condition holds."""
+        if condition == "exact_critic":
+            return self.critic == "exact"
+        if condition == "exact_critic_at_limit":
+            return self.critic == "exact" or self.limit is None
+        if condition == "on_policy":
+            return self.behaviour == "on_policy"
+        return self.limit is None
+
+    def __str__(self) -> str:
+        """In words."""
+        words = [f"{self.critic} critic", "on-policy" if self.behaviour == "on_policy" else "another policy acted"]
+        return ", ".join(words + ([f"time limit {self.limit}"] if self.limit is not None else []))
+
+
+def declaration(target: Target, circumstances: Circumstances) -> tuple[Literal["unbiased", "biased"], str]:
+    """What the algorithm says of itself here, and why."""
+    reasons = list(target.biased_by)
+    reasons += [_BROKEN[condition] for condition in target.requires if not circumstances.meet(condition)]
+    return ("biased", "; ".join(reasons)) if reasons else ("unbiased", "")
+
+
+def in_words(target: Target) -> str:
+    """The target as a formula."""
+    formula = {
+        "discounted": "grad J_gamma",
+        "undiscounted_states": "sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a)",
+        "average_reward": "grad r_bar",
+    }[target.gradient]
+    factor = "" if target.factor == 1.0 else f"{target.factor:g} x "
+    return f"{factor}{formula}" + (" / mean length" if target.per == "step" else "")
+
+
+def put_to_the_test(target: Target, *, limit: int) -> Iterator[Circumstances]:
+    """Circumstances that meet all conditions with as little as they ask for, and ones that break each alone.
+
+    Args:
+        target: with its conditions.
+        limit: a time limit.
+    """
+    needed: Critic = "exact" if "exact_critic" in target.requires else "perturbed"
+    yield Circumstances(critic=needed)
+    if "no_time_limit" not in target.requires:
+        yield Circumstances(critic="exact", limit=limit)
+    for condition in target.requires:
+        if condition == "exact_critic":
+            yield Circumstances(critic="perturbed")
+        elif condition == "on_policy":
+            yield Circumstances(critic=needed, behaviour="stale")
+        else:
+            yield Circumstances(critic="perturbed", limit=limit)
+
+
+def unit_of(algorithm: Algorithm) -> Unit:
+    """What rows the algorithm learns from."""
+    return "episodes" if algorithm.passes.whole_episodes else "fragments"
