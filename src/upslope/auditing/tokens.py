@@ -142,7 +142,7 @@ class TokenSetting:
     @property
     def mean_length(self) -> float:
         """Mean chosen tokens of a completion of the acting policy."""
-        return float(solve_tokens(self.tokens, self.behaviour).mean_length)
+        return float(solve_tokens(self.tokens, self.behaviour).mean_length.detach())
 
     @property
     def trajectories_per_row(self) -> float:
@@ -166,7 +166,7 @@ class TokenSetting:
         generator = np.random.Generator(np.random.Philox(seed))
         for _ in range(batches):
             shape = (self.rows * self.groups, self.size)
-            yield self._grouped(sample_completions(self.tokens, self.behaviour, generator=generator, groups=shape))
+            yield self._grouped(sample_completions(self.tokens, self.behaviour, None, generator, groups=shape))
 
     def exact_gradient(self, target: Target) -> Tensor:
         """[P] what a declared target is here: with a discount of 1, gamma^t changes nothing.
