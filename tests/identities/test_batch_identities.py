@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from identity_strategies import PROPERTY, SEEDS, Experience, close, experiences, normal
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import upslope.algorithms
@@ -35,7 +35,7 @@ from upslope.estimators import (
     vtrace,
     weighted_sum,
 )
-from upslope.exact import TabularPolicy
+from upslope.exact import StatePolicy, TabularPolicy
 from upslope.train.step import learn
 from upslope.trajectory import Trajectory
 
@@ -52,6 +52,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo kl": PPO(epochs=1, minibatches=2, clip=None, kl_coefficient=0.3, recompute_advantage=True),
 }
 EVERY_ALGORITHM = pytest.mark.parametrize("name", list(ALGORITHMS))
+ONE_MINIBATCH = pytest.mark.parametrize(
+    "name", [name for name, each in ALGORITHMS.items() if each.passes.minibatches == 1]
+)
 UPDATES = settings(PROPERTY, max_examples=15)
 TABLES = ("gae", "lambda_return", "n_step_return", "reward_to_go", "total_reward", "value_target", "policy_advantage")
 
@@ -67,7 +70,7 @@ def test_no_algorithm_is_left_out() -> None:
 class Recording:
     """A stepper that keeps every gradient and moves nothing."""
 
-    policy: TabularPolicy
+    policy: TabularPolicy | WholeRows
     micro_batches: int = 1
     gradients: list[Tensor] = field(default_factory=list[Tensor])
 
@@ -82,6 +85,21 @@ class Recording:
         return 0.0
 
 
+class WholeRows(StatePolicy):
+    """The same table, for a loop that believes steps depend on earlier ones and so keeps rows whole."""
+
+    def __init__(self, theta: Tensor) -> None:
+        super().__init__(STATES, ACTIONS)
+        self.theta = nn.Parameter(theta)
+
+    @property
+    def sequential(self) -> bool:
+        return True
+
+    def preferences(self) -> Tensor:
+        return self.theta
+
+
 def table_policy() -> TabularPolicy:
     policy = TabularPolicy(STATES, ACTIONS, normal(1, STATES, ACTIONS))
     with torch.no_grad():
@@ -89,9 +107,14 @@ def table_policy() -> TabularPolicy:
     return policy
 
 
-def learned(name: str, trajectory: Trajectory, micro_batches: int = 1) -> tuple[list[Tensor], dict[str, float]]:
+def learned(
+    name: str, trajectory: Trajectory, micro_batches: int = 1, *, whole_rows: bool = False
+) -> tuple[list[Tensor], dict[str, float]]:
     """The gradients of every optimiser step, and the metrics."""
     policy, algorithm = table_policy(), ALGORITHMS[name]
+    if whole_rows:
+        table, policy = policy, WholeRows(policy.theta.detach().clone())
+        policy.value = table.value
     recording = Recording(policy, micro_batches)
     result = learn(
         policy,
@@ -197,6 +220,21 @@ def test_any_micro_batch_split_gives_the_same_gradient(name: str, data: st.DataO
         same(learned(name, trajectory), learned(name, trajectory, micro_batches))
 
 
+@ONE_MINIBATCH
+@UPDATES
+@given(st.data(), st.integers(1, 5))
+def test_rows_kept_whole_have_the_gradient_of_their_steps(name: str, data: st.DataObject, micro_batches: int) -> None:
+    """Where a policy looks at earlier steps batches are [B, T], hidden steps among them; in any split."""
+    trajectory = data.draw(ragged(whole_episodes=ALGORITHMS[name].passes.whole_episodes))
+    if not chosen_enough(name, trajectory):
+        return
+    expected = learned(name, trajectory)
+    same(learned(name, trajectory, whole_rows=True), expected)
+    gradients, _ = learned(name, trajectory, micro_batches, whole_rows=True)
+    for one, two in zip(gradients, expected[0], strict=True):
+        close(one, two)
+
+
 @EVERY_ALGORITHM
 @UPDATES
 @given(st.data(), st.integers(0, 3), st.integers(0, 3))
@@ -211,7 +249,7 @@ def test_padding_left_and_right_changes_no_gradient(name: str, data: st.DataObje
     same(learned(name, trajectory), learned(name, rearranged(trajectory, places, (rows, wider))))
 
 
-@pytest.mark.parametrize("name", [name for name, each in ALGORITHMS.items() if each.passes.minibatches == 1])
+@ONE_MINIBATCH
 @UPDATES
 @given(st.data(), SEEDS)
 def test_row_order_changes_no_gradient(name: str, data: st.DataObject, seed: int) -> None:
