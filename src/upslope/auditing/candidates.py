@@ -37,8 +37,8 @@ from upslope.exact import (
 if TYPE_CHECKING:
     from upslope.auditing.setting import FiniteSetting
 
-EXACT = 1e-9
-"""What is left beside a candidate counts as rounding below this share of the mean."""
+ROUNDING = 1e-6
+"""What is left beside a candidate counts as rounding below this share of the mean (`gamma ** time` is float32)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +87,7 @@ def candidates_of(setting: TokenSetting | FiniteSetting) -> tuple[Candidate, ...
             continue
         known = [other for other in kept if other.basis.shape == candidate.basis.shape]
         size = float(candidate.basis.norm())
-        if all(float((other.basis - candidate.basis).norm()) > EXACT * size for other in known):
+        if all(float((other.basis - candidate.basis).norm()) > ROUNDING * size for other in known):
             kept.append(candidate)
     return tuple(kept)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from upslope.auditing.candidates import EXACT, Candidate, candidates_of
+from upslope.auditing.candidates import ROUNDING, Candidate, candidates_of
 from upslope.auditing.loss import LossFunction, LossSource
 from upslope.auditing.moments import Moments, exact_moments, sampled_moments
 from upslope.auditing.report import AuditReport
@@ -63,8 +63,8 @@ class Following:
 
     @property
     def closest(self) -> Comparison:
-        """The single gradient with the smallest angle to the mean, or to its opposite."""
-        return max(self.comparisons, key=lambda comparison: abs(comparison.cosine))
+        """The single gradient with the smallest angle to the mean, or to its opposite; the first of equals."""
+        return max(self.comparisons, key=lambda comparison: round(abs(comparison.cosine), 9))
 
     def comparison(self, name: str) -> Comparison:
         """With one gradient.
@@ -193,12 +193,12 @@ def what_it_follows(moments: Moments, candidates: Sequence[Candidate], *, direct
     first = singles[0]
     if _nothing_left(moments, mean, scale=math.sqrt(moments.variance)):
         return found("nothing", first.terms[0], first.basis[0])
-    if directions <= 1:
-        return found("undetermined", first.terms[0], first.basis[0])
     for candidate in sorted(singles, key=lambda single: float((mean - single.basis[0]).norm())):
         if _nothing_left(moments, mean - candidate.basis[0], scale=float(mean.norm())):
             return found("unbiased", candidate.terms[0], candidate.basis[0])
-    closest = max(range(len(singles)), key=lambda index: abs(comparisons[index].cosine))
+    if directions <= 1:
+        return found("undetermined", first.terms[0], first.basis[0])
+    closest = max(range(len(singles)), key=lambda index: round(abs(comparisons[index].cosine), 9))
     factor, downhill = comparisons[closest].factor, comparisons[closest].factor < 0.0
     name = f"{abs(factor):.4g} x {singles[closest].terms[0]}"
     target = abs(factor) * singles[closest].basis[0]
@@ -225,7 +225,7 @@ def _compare(candidate: Candidate, mean: Tensor) -> Comparison:
 def _nothing_left(moments: Moments, rest: Tensor, *, scale: float) -> bool:
     """Whether the rest is rounding, or what the drawn batches cannot tell from 0."""
     if moments.exact:
-        return float(rest.norm()) <= EXACT * scale
+        return float(rest.norm()) <= ROUNDING * scale
     as_report = AuditReport(subject="", problem="", target_name="", target=moments.mean - rest, moments=moments)
     p = as_report.p_value
     return p is not None and p > _CONSISTENT

@@ -34,7 +34,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -61,6 +61,7 @@ def load_loss(place: str) -> LossFunction:
     return function
 
 
+@lru_cache(maxsize=64)
 def asked_for(function: LossFunction) -> tuple[str, ...]:
     """The names a loss will be given.
 
