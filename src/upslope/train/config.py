@@ -120,6 +120,8 @@ class LogConfig:
     """The W&B project."""
     progress: bool = True
     """Show live progress in the terminal."""
+    diagnose_every: int = 1000
+    """Look closely at one update per this many environment steps (or at each, if it takes more); 0 for never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +160,7 @@ class Run:
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         _at_least(1, steps=self.steps, threads=self.threads)
-        _at_least(0, seed=self.seed, every_steps=self.log.every_steps)
+        _at_least(0, seed=self.seed, every_steps=self.log.every_steps, diagnose_every=self.log.diagnose_every)
         if self.threads > _MOST_THREADS:
             raise ValueError(f"threads must be at most {_MOST_THREADS}, got {self.threads}; small networks want 1")
         if not 0.0 <= self.algorithm.gamma <= 1.0:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from upslope.algorithms.protocol import Now, scheduled
 from upslope.collect import EnvironmentCollector
 from upslope.collect.vector import VectorEnvironment
+from upslope.diagnostics import Meter
 from upslope.policies import ActorCritic
-from upslope.spaces import space_to_tree
+from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to_tree
 from upslope.streams import Purpose, stream, torch_stream
 from upslope.train.config import Run
 from upslope.train.optimizer import FlatOptimizer
@@ -42,6 +44,8 @@ class Session:
         self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
         self.spaces = [space_to_tree(space) for space in spaces]
         self.optimizer = FlatOptimizer(self.policy, run.optimizer)
+        self.meter = Meter(_actor_gradient(self.policy, self.optimizer)) if run.log.diagnose_every else None
+        self.most_entropy = _most_entropy(environments.action_space)
         self.collector = EnvironmentCollector(
             environments,
             steps=run.rollout.steps,
@@ -72,6 +76,9 @@ class Session:
         if policy.reward_normalizer is not None:
             seen = replace(trajectory, reward=policy.reward_normalizer.scale(trajectory, self.algorithm.gamma))
         learning_rate = scheduled(run.optimizer.schedule, run.optimizer.learning_rate, self.progress)
+        taken, every = self.collector.steps_taken, run.log.diagnose_every
+        if self.meter is not None:
+            self.meter.look(closely=(self.steps + taken) // every > self.steps // every)
         learned = learn(
             policy,
             self.algorithm,
@@ -80,17 +87,20 @@ class Session:
             now=Now(progress=self.progress, state=self.algorithm_state),
             learning_rate=learning_rate,
             generator=stream(run.seed, Purpose.SHUFFLE, 0, self.update),
+            meter=self.meter,
         )
         policy.observe(trajectory)
         self.algorithm_state = learned.state
         self.update += 1
-        self.steps += self.collector.steps_taken
+        self.steps += taken
         for episode_return, length in self.collector.finished():
             self.episodes += 1
             self.returns.append(episode_return)
             self.lengths.append(length)
         metrics = {**learned.metrics, **{f"state/{name}": number for name, number in learned.state.items()}}
         metrics["learning_rate"] = learning_rate
+        if self.meter is not None and self.most_entropy is not None:
+            metrics["entropy_share"] = metrics["entropy"] / self.most_entropy
         metrics["collect_seconds"] = collected - start
         metrics["learn_seconds"] = time.perf_counter() - collected
         if self.returns:
@@ -116,6 +126,7 @@ class Session:
             "algorithm": dict(self.algorithm_state),
             "policy": {name: tensor.detach() for name, tensor in self.policy.state_dict().items()},
             "optimizer": self.optimizer.state(),
+            "meter": None if self.meter is None else self.meter.state(),
             "collector": environments,
         }
 
@@ -138,6 +149,8 @@ class Session:
                 f"the checkpoint's network is not the one configured: {error}. Resume without changing the policy"
             ) from error
         self.optimizer.load_state(tree["optimizer"])
+        if self.meter is not None:
+            self.meter.load_state(tree["meter"])
         self.algorithm_state = dict(tree["algorithm"])
         self.update, self.steps, self.episodes = tree["update"], tree["steps"], tree["episodes"]
         self.returns.extend(tree["returns"])
@@ -155,6 +168,32 @@ class Session:
     def close(self) -> None:
         """Give back the environments."""
         self.collector.close()
+
+
+def _actor_gradient(policy: ActorCritic, optimizer: FlatOptimizer) -> Tensor:
+    """The gradient of what serves the actor alone: parameters shared with the critic hear its error, too."""
+    modules = [policy.actor]
+    if policy.critic is None:
+        modules = [policy.encoder, *([] if policy.torso is None else [policy.torso]), policy.actor]
+    elif policy.critic_encoder is not None:
+        modules = [policy.encoder, policy.actor]
+    own = {id(parameter) for module in modules for parameter in module.parameters()}
+    start = end = position = 0
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            if id(parameter) in own:
+                start, end = (start if end else position), position + parameter.numel()
+            position += parameter.numel()
+    return optimizer.gradient[start:end]
+
+
+def _most_entropy(space: Space) -> float | None:
+    """The entropy of choosing blindly; None where actions are continuous."""
+    if isinstance(space, Discrete):
+        return math.log(space.n) if space.n > 1 else None
+    if isinstance(space, MultiDiscrete):
+        return sum(math.log(choices) for choices in space.choices) or None
+    return space.n * math.log(2.0) if isinstance(space, MultiBinary) else None
 
 
 def _listed(tree: object) -> object:

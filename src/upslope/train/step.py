@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import Algorithm, Now, Passes, State
+from upslope.diagnostics import Meter, explained_variance
 from upslope.errors import UsageError
 from upslope.trajectory import Batch, Policy, Signal, Trajectory, map_observation
 
@@ -49,6 +50,7 @@ def learn(
     now: Now,
     learning_rate: float,
     generator: np.random.Generator,
+    meter: Meter | None = None,
 ) -> Learned:
     """Update the policy from one trajectory.
 
@@ -60,26 +62,36 @@ def learn(
         now: progress of the run and the algorithm's carried numbers.
         learning_rate: for every step of this update.
         generator: shuffles the steps of each pass.
+        meter: watches the update, if given, and adds what it finds to the metrics; changes nothing.
 
     Returns:
         The carried numbers after the update and its metrics.
     """
     passes = algorithm.passes
-    value, signal = _signal(policy, algorithm, trajectory)
+    value, next_value, signal = _signal(policy, algorithm, trajectory)
+    if meter is not None:
+        meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, minibatches=passes.minibatches)
     batch = _batch(policy, passes, trajectory, value, signal)
     totals = _Totals()
     for epoch in range(passes.epochs):
         if epoch and passes.recompute_advantage:
-            value, signal = _signal(policy, algorithm, trajectory)
+            value, _, signal = _signal(policy, algorithm, trajectory)
             batch = replace(batch, **_signal_like(batch, trajectory, signal))
         going = True
         for minibatch in _minibatches(batch, passes, generator):
-            going = _step(policy, algorithm, optimizer, minibatch, now, learning_rate, totals)
+            minibatch = _prepared(policy, algorithm, minibatch)
+            _differentiate(policy, algorithm, optimizer, minibatch, now, totals, meter)
+            if meter is not None:
+                meter.differentiated(minibatch, epoch)
+            going = not (passes.kl_stop == "before_step" and totals.kl_beyond(passes.target_kl, 1.5))
             if not going:
                 break
+            totals.add_norm(optimizer.step(learning_rate))
         if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
             break
     metrics = totals.means()
+    if meter is not None:
+        metrics.update(meter.end())
     if batch.behaviour_distribution is not None:
         with torch.no_grad():
             kl = batch.behaviour_distribution.kl(policy.evaluate(batch).distribution)
@@ -89,23 +101,14 @@ def learn(
     return Learned(state=algorithm.adapt(now.state, metrics), metrics=metrics)
 
 
-def explained_variance(value: Tensor, target: Tensor) -> float:
-    """1 - Var[target - V] / Var[target]: 1 is a perfect critic, 0 one no better than a constant.
-
-    NaN where the target does not vary, since the question has no answer then.
-    """
-    variance = float(target.var(unbiased=False))
-    if variance == 0.0:
-        return float("nan")
-    return 1.0 - float((target - value).var(unbiased=False)) / variance
-
-
-def _signal(policy: Policy, algorithm: Algorithm, trajectory: Trajectory) -> tuple[Tensor | None, Signal]:
+def _signal(
+    policy: Policy, algorithm: Algorithm, trajectory: Trajectory
+) -> tuple[Tensor | None, Tensor | None, Signal]:
     with torch.no_grad():
         value = next_value = None
         if algorithm.passes.critic:
             value, next_value = policy.values(trajectory)
-        return value, algorithm.advantage(trajectory, value, next_value)
+        return value, next_value, algorithm.advantage(trajectory, value, next_value)
 
 
 def _batch(policy: Policy, passes: Passes, trajectory: Trajectory, value: Tensor | None, signal: Signal) -> Batch:
@@ -193,35 +196,36 @@ def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     )
 
 
-def _step(
+def _prepared(policy: Policy, algorithm: Algorithm, minibatch: Batch) -> Batch:
+    """Weights and advantages of one optimiser step; rows stay whole only where the policy needs them."""
+    minibatch = algorithm.prepare(minibatch)
+    return _chosen(minibatch) if minibatch.mask.dim() > 1 and not policy.sequential else minibatch
+
+
+def _differentiate(
     policy: Policy,
     algorithm: Algorithm,
     optimizer: Stepper,
     minibatch: Batch,
     now: Now,
-    learning_rate: float,
     totals: _Totals,
-) -> bool:
-    """One optimiser step; False if the KL stop rule forbids it."""
-    passes = algorithm.passes
-    minibatch = algorithm.prepare(minibatch)
-    if minibatch.mask.dim() > 1 and not policy.sequential:
-        minibatch = _chosen(minibatch)
+    meter: Meter | None,
+) -> None:
+    """Leave the gradient of one optimiser step where the optimiser looks for it."""
     optimizer.zero_gradient()
     parts = min(optimizer.micro_batches, minibatch.mask.shape[0])
     metrics: list[dict[str, Tensor]] = []
     for part in range(parts):
         piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts)
-        loss = algorithm.loss(piece, policy.evaluate(piece), now)
+        evaluation = policy.evaluate(piece)
+        if meter is not None:
+            meter.evaluated(piece, evaluation)
+        loss = algorithm.loss(piece, evaluation, now)
         metrics.append(dict(loss.metrics))
         loss.value.backward()
     totals.add(
         metrics[0] if parts == 1 else {name: torch.stack([m[name] for m in metrics]).sum() for name in metrics[0]}
     )
-    if passes.kl_stop == "before_step" and passes.target_kl is not None and totals.kl_beyond(1.5 * passes.target_kl):
-        return False
-    totals.add_norm(optimizer.step(learning_rate))
-    return True
 
 
 class _Totals:
@@ -237,8 +241,8 @@ class _Totals:
     def add_norm(self, norm: float) -> None:
         self._norms.append(norm)
 
-    def kl_beyond(self, target: float | None) -> bool:
-        return target is not None and float(self._steps[-1]["kl"]) > target
+    def kl_beyond(self, target: float | None, factor: float = 1.0) -> bool:
+        return target is not None and float(self._steps[-1]["kl"]) > factor * target
 
     def means(self) -> dict[str, float]:
         names = list(self._steps[0])

@@ -1,0 +1,29 @@
+"""Live diagnostics: what training's own quantities say about its gradient, and a verdict in plain words."""
+
+from upslope.diagnostics.meter import Meter
+from upslope.diagnostics.noise import (
+    MinibatchNoise,
+    NoiseEstimate,
+    SmoothedNoise,
+    SuccessiveNoise,
+    noise_of_minibatches,
+    noise_of_pair,
+)
+from upslope.diagnostics.signal import explained_variance, psi_variances, zero_advantage_groups
+from upslope.diagnostics.steps import StepRecord, effective_sample_size, gradient_shares
+
+__all__ = [
+    "Meter",
+    "MinibatchNoise",
+    "NoiseEstimate",
+    "SmoothedNoise",
+    "StepRecord",
+    "SuccessiveNoise",
+    "effective_sample_size",
+    "explained_variance",
+    "gradient_shares",
+    "noise_of_minibatches",
+    "noise_of_pair",
+    "psi_variances",
+    "zero_advantage_groups",
+]
