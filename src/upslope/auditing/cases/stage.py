@@ -1,0 +1,345 @@
+"""Where estimators are measured: all rows of a problem with their probabilities, and claims held to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from upslope.auditing.cases.case import Case
+from upslope.auditing.moments import Moments
+from upslope.auditing.report import AuditReport
+from upslope.auditing.setting import Behaviour, Critic, FiniteSetting, Unit
+from upslope.exact import Rows, Solution, enumerate_episodes, enumerate_fragments, policy_gradient, problem, solve
+from upslope.exact.gradient import Gradient
+from upslope.trajectory import Trajectory
+
+GRAD_J = "grad J_gamma"
+STATES_UNDISCOUNTED = "sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a measurement brings home: the exact vector, and the moments of the estimate of it.
+
+    Attributes:
+        problem: on what.
+        target_name: the exact vector in words.
+        target: [P] that vector.
+        moments: of the estimate.
+        trajectories: per batch.
+        steps: per batch.
+        batches: how many were weighted.
+    """
+
+    problem: str
+    target_name: str
+    target: Tensor
+    moments: Moments
+    trajectories: float = 1.0
+    steps: float = 1.0
+    batches: int = 1
+
+
+def row(subject: str, setting: str, measure: Callable[[], Found], *, biased_by: str = "") -> Case:
+    """One row of the table: declared unbiased, unless it says what biases it.
+
+    Args:
+        subject: the exported name.
+        setting: what tells this row from the others of the subject.
+        measure: what to do.
+        biased_by: in words; empty where it is declared unbiased.
+    """
+
+    def run() -> AuditReport:
+        found = measure()
+        return AuditReport(
+            subject=subject,
+            problem=found.problem,
+            target_name=found.target_name,
+            target=found.target,
+            moments=found.moments,
+            trajectories=found.trajectories,
+            steps=found.steps,
+            batches=found.batches,
+            declared="biased" if biased_by else "unbiased",
+            reason=biased_by,
+        )
+
+    return Case(subject=subject, setting=setting, run=run)
+
+
+def identity(found: Tensor, expected: Tensor, *, problem: str, target_name: str) -> Found:
+    """Of something in which there is no chance.
+
+    Args:
+        found: what the code under test makes, any shape.
+        expected: what it should be, of the same number of elements.
+        problem: on what.
+        target_name: `expected` in words.
+    """
+    moments = Moments(mean=found.detach().to(torch.float64).flatten(), variance=0.0)
+    return Found(problem=problem, target_name=target_name, target=expected.detach().flatten(), moments=moments)
+
+
+def row_gradients(objective: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The gradient of each entry of `objective` [R], flat over the parameters: [R, P]."""
+    every = torch.eye(len(objective), dtype=objective.dtype)
+    parts = torch.autograd.grad(
+        objective, list(parameters), grad_outputs=every, is_grads_batched=True, materialize_grads=True
+    )
+    return torch.cat([part.reshape(len(objective), -1) for part in parts], dim=-1)
+
+
+def weighted_moments(probability: Tensor, estimate: Tensor) -> Moments:
+    """Of an estimate [R, P] that has the probability [R].
+
+    Raises:
+        ValueError: if the probabilities do not sum to 1.
+    """
+    weight = probability.detach()
+    if abs(float(weight.sum()) - 1.0) > 1e-9:
+        raise ValueError(f"the probabilities of all rows sum to {float(weight.sum())!r}, not to 1: some are missing")
+    mean = weight @ estimate
+    return Moments(mean=mean, variance=float(weight @ (estimate - mean).square().sum(-1)))
+
+
+class Spaced(NamedTuple):
+    """Columns [R, 2T] whose even positions are the steps of a stage, and whose odd ones nobody chose."""
+
+    reward: Tensor
+    discount: Tensor
+    value: Tensor
+    next_value: Tensor
+    cut: Tensor
+    mask: Tensor
+
+
+def _interleave(even: Tensor, odd: Tensor) -> Tensor:
+    return torch.stack((even, odd), dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """All rows of a setting, and what an algorithm reads off them.
+
+    Attributes:
+        setting: problem, policy, critic, who acted.
+        rows: under the policy that acted.
+        solution: of the policy differentiated.
+    """
+
+    setting: FiniteSetting
+    rows: Rows
+    solution: Solution
+
+    @property
+    def name(self) -> str:
+        """Of the problem, and what is unusual about it."""
+        limit = self.setting.limit
+        return self.setting.name if limit is None else f"{self.setting.name}, time limit {limit}"
+
+    @property
+    def gamma(self) -> float:
+        """The discount factor."""
+        return self.setting.mdp.gamma
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """All rows."""
+        return self.rows.trajectory
+
+    @property
+    def mask(self) -> Tensor:
+        """[R, T]."""
+        return self.rows.trajectory.mask
+
+    @property
+    def reward(self) -> Tensor:
+        """[R, T]."""
+        return self.rows.trajectory.reward
+
+    @property
+    def cut(self) -> Tensor:
+        """[R, T]."""
+        return self.rows.trajectory.cut
+
+    @property
+    def discount(self) -> Tensor:
+        """[R, T]."""
+        return self.rows.trajectory.discount(self.gamma)
+
+    @property
+    def behaviour_log_prob(self) -> Tensor:
+        """[R, T] of the policy that acted."""
+        return self.rows.trajectory.behaviour_log_prob
+
+    @property
+    def log_prob(self) -> Tensor:
+        """[R, T] of the policy differentiated, with gradient."""
+        return self.setting.policy.log_prob(self.rows.trajectory.observation, self.rows.trajectory.action)
+
+    @cached_property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """V_t and V'_t, [R, T], of the critic as it is."""
+        with torch.no_grad():
+            return self.setting.policy.values(self.rows.trajectory)
+
+    @property
+    def value(self) -> Tensor:
+        """[R, T]."""
+        return self.values[0]
+
+    @property
+    def next_value(self) -> Tensor:
+        """[R, T]."""
+        return self.values[1]
+
+    @property
+    def spaced(self) -> Spaced:
+        """The same steps with one that the policy did not choose after each: what it carries must not be read."""
+        last = self.cut & self.mask
+        nothing = torch.zeros_like(self.reward)
+        return Spaced(
+            reward=_interleave(self.reward, nothing + 99.0),
+            discount=_interleave(nothing + self.gamma, self.discount),
+            value=_interleave(self.value, nothing - 77.0),
+            next_value=_interleave(nothing - 55.0, self.next_value),
+            cut=_interleave(torch.zeros_like(last), last),
+            mask=_interleave(self.mask, torch.zeros_like(self.mask)),
+        )
+
+    @cached_property
+    def probability(self) -> Tensor:
+        """[R] of each row."""
+        return self.rows.behaviour_probability
+
+    def with_critic(self, value: Tensor) -> Stage:
+        """The same with another critic, [S]."""
+        policy = copy.deepcopy(self.setting.policy)
+        with torch.no_grad():
+            policy.value.copy_(value)
+        return replace(self, setting=replace(self.setting, policy=policy))
+
+    def gradient(self, kind: Gradient = "discounted") -> Tensor:
+        """The exact policy gradient of the setting."""
+        setting = self.setting
+        return policy_gradient(
+            setting.mdp, setting.policy, gradient=kind, limit=setting.limit, parameters=setting.parameters
+        )
+
+    def estimate(self, psi: Tensor, truth: Tensor, target_name: str) -> Found:
+        """Psi held, for every state and action that is visited, against a table.
+
+            E[Psi_t | s_t = s, a_t = a]
+
+        Args:
+            psi: [R, T].
+            truth: [S, A].
+            target_name: the table in words.
+        """
+        pair = self.rows.state * truth.shape[1] + self.trajectory.action
+        return self._conditional(psi, pair, truth, target_name)
+
+    def estimate_of_state(self, target: Tensor, truth: Tensor, target_name: str) -> Found:
+        """The same for every state, with `truth` [S]: E[target_t | s_t = s]."""
+        return self._conditional(target, self.rows.state, truth, target_name)
+
+    def _conditional(self, psi: Tensor, place: Tensor, truth: Tensor, target_name: str) -> Found:
+        weight = torch.where(self.mask, self.probability.unsqueeze(-1), 0.0).flatten()
+
+        def total(entries: Tensor) -> Tensor:
+            return torch.zeros(truth.numel(), dtype=torch.float64).index_add(0, place.flatten(), entries)
+
+        chance = total(weight)
+        seen = chance > 0
+        mean = total(weight * psi.flatten())[seen] / chance[seen]
+        square = total(weight * psi.flatten().square())[seen] / chance[seen]
+        return Found(
+            problem=self.name,
+            target_name=target_name,
+            target=truth.flatten()[seen].detach(),
+            moments=Moments(mean=mean, variance=float((square - mean.square()).clamp(min=0.0).sum())),
+            batches=len(self.rows),
+        )
+
+    def ascent(
+        self,
+        objective: Tensor,
+        target: Tensor,
+        target_name: str,
+        *,
+        weight: Tensor | float = 1.0,
+        parameters: Sequence[Tensor] | None = None,
+    ) -> Found:
+        """The gradient of sum_t w_t objective_t of each row, held against an exact one.
+
+        Args:
+            objective: [R, T] with gradient; not read where the mask is False.
+            target: [P].
+            target_name: that in words.
+            weight: [R, T] w, or one number.
+            parameters: with respect to which; the actor's if None.
+        """
+        per_row = (torch.where(self.mask, objective, 0.0) * weight).sum(-1)
+        return self.ascent_of_rows(per_row, target, target_name, parameters=parameters)
+
+    def ascent_of_rows(
+        self, objective: Tensor, target: Tensor, target_name: str, *, parameters: Sequence[Tensor] | None = None
+    ) -> Found:
+        """The same with one number per row, `objective` [R]."""
+        chosen = self.setting.parameters if parameters is None else parameters
+        continuing = self.setting.mdp.kind == "continuing"
+        return Found(
+            problem=self.name,
+            target_name=target_name,
+            target=target.detach(),
+            moments=weighted_moments(self.probability, row_gradients(objective, chosen)),
+            trajectories=1.0 if continuing else self.setting.trajectories_per_row,
+            steps=self.setting.steps_per_row,
+            batches=len(self.rows),
+        )
+
+
+@cache
+def stage(
+    name: str = "six-state",
+    *,
+    unit: Unit = "episodes",
+    critic: Critic = "exact",
+    behaviour: Behaviour = "on_policy",
+    limit: int | None = None,
+    steps: int = 3,
+) -> Stage:
+    """All rows of a named problem; built once.
+
+    Args:
+        name: of the problem.
+        unit: whole episodes, or fragments of `steps` steps of environments that reset themselves.
+        critic: what the critic knows.
+        behaviour: who acted.
+        limit: time limit in steps.
+        steps: T of a fragment.
+    """
+    named = problem(name)
+    setting = FiniteSetting.build(
+        named,
+        gamma=named.mdp.gamma,
+        unit=unit,
+        critic=critic,
+        behaviour=behaviour,
+        limit=limit,
+        row_steps=steps,
+    )
+    if unit == "episodes":
+        rows = enumerate_episodes(setting.mdp, setting.behaviour, limit=setting.limit)
+    else:
+        rows = enumerate_fragments(setting.mdp, setting.behaviour, steps=steps, limit=setting.limit)
+    with torch.no_grad():
+        solution = solve(setting.mdp, setting.policy)
+    return Stage(setting=setting, rows=rows, solution=solution)
