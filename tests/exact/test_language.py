@@ -122,6 +122,15 @@ def test_every_earlier_token_the_prompt_included_matters(make) -> None:
 
 
 @every_policy
+def test_the_order_of_earlier_tokens_matters(make) -> None:
+    problem = token_problem("tokens-longer")
+    policy = make(problem)
+    tokens = torch.tensor([[3, 1, 2, 1, 2, 3], [3, 1, 2, 2, 1, 3]])
+    last = next_log_prob(policy, tokens, problem.vocabulary)[:, -1]
+    assert (last[0] - last[1]).abs().max() > 1e-2
+
+
+@every_policy
 def test_padding_after_the_end_changes_nothing(make) -> None:
     problem = token_problem("tokens")
     policy = make(problem)

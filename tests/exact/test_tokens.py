@@ -231,7 +231,7 @@ def test_the_same_generator_gives_the_same_samples() -> None:
 
 
 def test_pairs_of_completions_are_as_likely_as_sampled_groups_of_two() -> None:
-    problem = token_problem("tokens-binary")
+    problem = golden_problem()
     policy = random_table(problem)
     groups = enumerate_groups(problem, policy, 2)
     assert groups.member.shape == (2 * 3**2, 1, 2)
@@ -242,7 +242,7 @@ def test_pairs_of_completions_are_as_likely_as_sampled_groups_of_two() -> None:
     completion = {done: number for number, done in enumerate(problem.completions)}
     assert isinstance(sampled.observation, Tensor)
     row = [
-        3 * problem.prompts.index((1, 0) if begin == 1 else (0,)) + completion[tuple(action[mask].tolist())]
+        3 * (0 if begin == 1 else 1) + completion[tuple(action[mask].tolist())]
         for begin, action, mask in zip(sampled.observation[:, 0].tolist(), sampled.action, sampled.mask, strict=True)
     ]
     for pair in zip(row[::2], row[1::2], strict=True):
@@ -251,14 +251,14 @@ def test_pairs_of_completions_are_as_likely_as_sampled_groups_of_two() -> None:
 
 
 def test_batches_of_groups_number_their_groups_and_have_product_probabilities() -> None:
-    problem = token_problem("tokens-binary")
+    problem = golden_problem()
     policy = random_table(problem)
     pairs = enumerate_groups(problem, policy, 2, groups=2)
     assert len(pairs) == (2 * 9) ** 2
     assert float(pairs.behaviour_probability.sum()) == pytest.approx(1.0, abs=1e-12)
     row = pairs.rows.behaviour_probability / pairs.rows.luck
     number = next(i for i, member in enumerate(pairs.member.tolist()) if member == [[0, 2], [4, 4]])
-    expected = 0.5 * row[0] * row[2] * 0.5 * row[4] ** 2
+    expected = 0.25 * row[0] * row[2] * 0.75 * row[4] ** 2
     assert float(pairs.behaviour_probability[number]) == pytest.approx(float(expected), rel=1e-12)
     batch = pairs.batch(number)
     assert batch.group is not None
