@@ -160,7 +160,7 @@ def test_a_continuing_problem_has_fragments_only() -> None:
 @pytest.mark.parametrize("chosen", [[0], [5], [3, 3], [7, 0, 2, 7], list(range(40))])
 def test_selected_rows_are_the_rows(chosen: list[int]) -> None:
     named = problem("time-limit")
-    rows = enumerate_fragments(named.mdp, named.policy(0), steps=5, limit=2)
+    rows = enumerate_fragments(named.mdp, named.policy(0), steps=3, limit=2)
     picked, whole = rows.select(chosen), rows.trajectory
     for name in ("observation", "action", "reward", "terminated", "truncated", "mask", "behaviour_log_prob", "time"):
         assert torch.equal(getattr(picked, name), getattr(whole, name)[chosen]), name

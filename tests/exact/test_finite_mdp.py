@@ -141,7 +141,7 @@ def test_a_reducible_chain_is_refused_with_its_classes() -> None:
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="kind must be 'episodic' or 'continuing'; got 'endless'"):
-        replace(chain(), **{"kind": "endless"})
+        replace(chain(), kind="endless")
 
 
 def test_reward_distributions_have_the_expected_reward_as_their_mean() -> None:

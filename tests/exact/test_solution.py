@@ -18,9 +18,7 @@ from upslope.exact import (
 EPISODIC = [name for name in PROBLEMS if name not in ("ring", "two-state-continuing")]
 
 
-def close(
-    actual: torch.Tensor, expected: torch.Tensor | list[float] | list[list[float]] | float, tolerance: float = 1e-12
-) -> None:
+def close(actual: torch.Tensor, expected: object, tolerance: float = 1e-12) -> None:
     wanted = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual.detach(), wanted.detach(), rtol=tolerance, atol=tolerance)
 
@@ -55,9 +53,7 @@ def test_the_objective_is_the_rewards_of_the_visits(name: str) -> None:
     close((solution.policy * solution.advantage).sum(-1), torch.zeros(named.mdp.states), 1e-9)
 
 
-@pytest.mark.parametrize(
-    "name", ["two-state", "six-state", "loops", "random-walk-5", "noisy-rewards", "short-corridor"]
-)
+@pytest.mark.parametrize("name", ["two-state", "six-state", "loops", "random-walk-5", "short-corridor"])
 def test_visits_are_summed_occupancies(name: str) -> None:
     named = problem(name)
     policy = named.policy(1)

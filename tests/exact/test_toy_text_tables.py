@@ -49,12 +49,13 @@ def test_the_best_return_of_taxi_is_what_is_known() -> None:
 class Tables:
     """State 1 ends an episode if it is reached from 0, and goes on if reached from 2."""
 
-    P = {  # noqa: RUF012
-        0: {0: [(0.5, 1, 1.0, True), (0.25, 2, 0.0, False), (0.25, 2, 4.0, False)]},
-        1: {0: [(1.0, 0, 0.0, False)]},
-        2: {0: [(1.0, 1, 2.0, False)]},
-    }
-    initial_state_distrib = np.array([1.0, 0.0, 0.0])
+    def __init__(self) -> None:
+        self.P = {
+            0: {0: [(0.5, 1, 1.0, True), (0.25, 2, 0.0, False), (0.25, 2, 4.0, False)]},
+            1: {0: [(1.0, 0, 0.0, False)]},
+            2: {0: [(1.0, 1, 2.0, False)]},
+        }
+        self.initial_state_distrib = np.array([1.0, 0.0, 0.0])
 
     @property
     def unwrapped(self) -> "Tables":

@@ -68,7 +68,7 @@ def six_state() -> NamedProblem:
     gain = [[0.3, -0.2], [1.0, -0.7], [0.1, 0.9], [-1.3, 0.4], [0.8, 0.25], [2.0, -1.0], [0.0, 0.0]]
     return NamedProblem(
         name="six-state",
-        summary="six states in layers, two starts, stochastic, episodes of 2 to 5 steps; gamma 0.8",
+        summary="six states in layers, two starts, stochastic, episodes of 1 to 5 steps; gamma 0.8",
         mdp=_from_links(follows, gain, start=[0.7, 0.3, 0, 0, 0, 0, 0], terminal=[end], gamma=0.8),
         policy=random_table(7, 2),
     )
