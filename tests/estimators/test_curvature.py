@@ -1,6 +1,5 @@
 """Curvature: Fisher products against the explicit matrix, solvers, the line search, the two views of traces."""
 
-import naive_twins
 import pytest
 import torch
 
@@ -9,13 +8,9 @@ from upslope.estimators import (
     backtracking_line_search,
     categorical_kl,
     conjugate_gradient,
-    discount_weight,
     fisher_vector_product,
     flatten,
-    lambda_return,
-    td_residual,
     trust_region_scale,
-    unflatten,
 )
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -23,14 +18,6 @@ GENERATOR = torch.Generator().manual_seed(5)
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
-
-
-def test_flatten_and_unflatten_are_inverse() -> None:
-    tensors = [random(2, 3), random(4), random(1, 1)]
-    back = unflatten(flatten(tensors), tensors)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True))
-    with pytest.raises(ValueError, match=r"vector must have shape \(11,\); got \(3,\)"):
-        unflatten(random(3), tensors)
 
 
 def test_fisher_vector_product_is_the_covariance_of_the_score() -> None:
@@ -117,57 +104,12 @@ def test_line_search_takes_the_first_step_that_is_better_and_near() -> None:
     assert found.divergence == pytest.approx(0.4096)
 
 
-@pytest.mark.parametrize("outcome", [(1.0, 9.0), (-1.0, 0.0), (float("nan"), 0.0), (1.0, float("nan")), (0.0, 0.0)])
-def test_line_search_that_fails_gives_back_the_very_parameters(outcome: tuple[float, float]) -> None:
-    start, before = torch.tensor([0.1, 0.3]), torch.tensor([0.1, 0.3])
-    found = backtracking_line_search(lambda x: outcome, start, torch.ones(2), objective=0.0, max_divergence=0.5)
-    assert found.parameters is start
-    assert torch.equal(start, before)
-    assert found.fraction == 0.0
-
-
 def test_line_search_errors() -> None:
     start = torch.zeros(1)
     with pytest.raises(ValueError, match="backtrack must lie strictly"):
         backtracking_line_search(lambda x: (0.0, 0.0), start, start, objective=0.0, max_divergence=1.0, backtrack=1.0)
     with pytest.raises(ValueError, match="attempts must be at least 1"):
         backtracking_line_search(lambda x: (0.0, 0.0), start, start, objective=0.0, max_divergence=1.0, attempts=0)
-
-
-def test_offline_the_backward_view_sums_to_the_forward_view() -> None:
-    gamma, trace_decay, length = 0.9, 0.7, 30
-    data = naive_twins.make_steps(8, (length,), gamma)
-    following = torch.where(data.cut, data.next_value, data.value.roll(-1, -1))
-    features = random(length, 4)
-    delta = td_residual(data.reward, data.discount, data.value, following)
-    target = lambda_return(data.reward, data.discount, following, data.cut, trace_decay=trace_decay)
-    delta[-1] = data.reward[-1] + data.discount[-1] * data.next_value[-1] - data.value[-1]
-    following[-1] = data.next_value[-1]
-    target = lambda_return(data.reward, data.discount, following, data.cut, trace_decay=trace_decay)
-    forward = ((target - data.value).unsqueeze(-1) * features).sum(0)
-    trace, backward = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    assert data.cut.any()
-    for t in range(length):
-        first = torch.tensor(t == 0 or bool(data.cut[t - 1]))
-        trace = accumulate_trace(trace, features[t], decay=gamma * trace_decay, restart=first)
-        backward = backward + delta[t] * trace
-    torch.testing.assert_close(backward, forward, rtol=1e-12, atol=1e-12)
-
-
-def test_the_actors_trace_weights_each_score_by_gamma_to_the_t() -> None:
-    gamma, trace_decay, length = 0.9, 0.7, 6
-    scores, delta = random(length, 2, 3), random(length, 2)
-    weight = discount_weight(torch.arange(length), gamma, dtype=torch.float64)
-    trace, found = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
-    for t in range(length):
-        trace = accumulate_trace(trace, scores[t], decay=gamma * trace_decay, weight=weight[t].expand(2))
-        found = found + delta[t].unsqueeze(-1) * trace
-    expected = torch.zeros(2, 3, dtype=torch.float64)
-    for t in range(length):
-        for later in range(t, length):
-            decayed = gamma**t * (gamma * trace_decay) ** (later - t)
-            expected += decayed * delta[later].unsqueeze(-1) * scores[t]
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_trace_errors() -> None:

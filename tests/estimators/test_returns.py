@@ -73,16 +73,6 @@ def test_n_step_return_equals_the_loop(data: Steps, masked: bool, count: int) ->
     )
 
 
-@given(steps())
-def test_n_step_return_lies_between_the_td_target_and_the_reward_to_go(data: Steps) -> None:
-    arguments = data.reward, data.discount, data.next_value, data.cut
-    close(n_step_return(*arguments, steps=1), lambda_return(*arguments, trace_decay=0.0))
-    close(
-        n_step_return(*arguments, steps=10_000),
-        reward_to_go(data.reward, data.discount, data.cut, bootstrap=data.next_value),
-    )
-
-
 @given(steps(), st.booleans(), LAMBDAS, st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([0.5, 1.0, 3.0]))
 def test_vtrace_equals_the_sum_of_the_paper(
     data: Steps, masked: bool, trace_decay: float, rho_clip: float, trace_clip: float
@@ -112,26 +102,6 @@ def test_vtrace_equals_the_sum_of_the_paper(
     )
     close(found.value_target - data.value, naive_twins.per_trajectory(data, correction, masked=masked))
     close(found.advantage, naive_twins.per_trajectory(data, advantage, masked=masked))
-
-
-@given(steps(), LAMBDAS)
-def test_vtrace_on_policy_is_the_lambda_return(data: Steps, trace_decay: float) -> None:
-    chain = consistent(data)
-    found = vtrace(
-        chain.log_prob,
-        chain.log_prob,
-        chain.reward,
-        chain.discount,
-        chain.value,
-        chain.next_value,
-        chain.cut,
-        trace_decay=trace_decay,
-    )
-    expected = lambda_return(chain.reward, chain.discount, chain.next_value, chain.cut, trace_decay=trace_decay)
-    close(found.value_target, expected)
-    close(found.rho, torch.ones_like(chain.reward))
-    if trace_decay == 1.0:
-        close(found.advantage, expected - chain.value)
 
 
 def consistent(data: Steps) -> Steps:

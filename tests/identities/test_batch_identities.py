@@ -347,6 +347,19 @@ def test_padding_with_nan_left_and_right_changes_no_estimate(
 
 @PROPERTY
 @given(experiences(holes=True), SEEDS)
+def test_the_last_step_of_a_row_is_cut_whether_or_not_it_says_so(data: Experience, seed: int) -> None:
+    log_ratio, unsaid = 0.5 * normal(seed, *data.mask.shape), data.cut.clone()
+    unsaid[:, -1] = False
+    expected = tables(data, log_ratio), tables(replace(data, mask=torch.ones_like(data.mask)), log_ratio)
+    data = replace(data, cut=unsaid)
+    found = tables(data, log_ratio), tables(replace(data, mask=torch.ones_like(data.mask)), log_ratio)
+    for one, two in zip(found, expected, strict=True):
+        for name in TABLES:
+            close(one[name], two[name])
+
+
+@PROPERTY
+@given(experiences(holes=True), SEEDS)
 def test_row_order_changes_no_estimate(data: Experience, seed: int) -> None:
     log_ratio = 0.5 * normal(seed, *data.mask.shape)
     order = torch.randperm(data.mask.shape[0], generator=torch.Generator().manual_seed(seed))

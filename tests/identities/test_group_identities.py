@@ -16,7 +16,7 @@ from upslope.estimators import group_relative, leave_one_out, score_function, st
 
 SCALES: list[Literal["none", "group", "batch"]] = ["none", "group", "batch"]
 EVERY_SCALE = pytest.mark.parametrize("scale", SCALES)
-AWKWARD = [0.1, 0.2, 0.3, 0.7, 1.1, -0.1, 1 / 3, 1e-30, 1e30, 0.0, 123456.789]
+AWKWARD = [*(number / 100 for number in range(1, 101, 3)), -0.1, 0.2, 0.3, 1.1, 1 / 3, 1e-30, 1e30, 0.0, 123456.789]
 
 
 @EVERY_SCALE
@@ -139,20 +139,21 @@ def test_rewards_of_zero_and_one_have_a_closed_form(size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", range(2, 34))
 def test_a_group_without_spread_is_exactly_zero(size: int, dtype: torch.dtype) -> None:
-    """0.1 repeated and other awkward numbers, alone and next to a group with spread; rounding never becomes signal."""
+    """0.1 repeated and other awkward numbers, next to a group with spread and without: rounding is never signal."""
+    same = torch.tensor(AWKWARD, dtype=dtype).repeat_interleave(size)
+    group = torch.arange(len(AWKWARD)).repeat_interleave(size)
+    both, labels = torch.cat((same, torch.tensor([0.0, 1.0], dtype=dtype))), torch.cat((group, torch.tensor([-7, -7])))
+    for scale in SCALES:
+        for epsilon in (0.0, 1e-12, 1e-4):
+            assert (group_relative(both, labels, scale=scale, epsilon=epsilon)[:-2] == 0).all()
+            assert (group_relative(same[:size], group[:size], scale=scale, epsilon=epsilon) == 0).all()
+    assert (leave_one_out(same, group) == 0).all()
+    assert (leave_one_out(both, labels)[:-2] == 0).all()
     for number in AWKWARD:
-        same, group = torch.full((size,), number, dtype=dtype), torch.full((size,), 4)
-        both = torch.cat((same, torch.tensor([0.0, 1.0], dtype=dtype)))
-        labels = torch.cat((group, torch.tensor([9, 9])))
-        for scale in SCALES:
-            for epsilon in (0.0, 1e-12, 1e-4):
-                assert (group_relative(both, labels, scale=scale, epsilon=epsilon)[:size] == 0).all()
-                assert (group_relative(same, group, scale=scale, epsilon=epsilon) == 0).all()
-        assert (leave_one_out(same, group) == 0).all()
-        assert (leave_one_out(both, labels)[:size] == 0).all()
-        assert (standardise(same) == 0).all()
-        hidden = torch.cat((same, torch.tensor([7.0], dtype=dtype)))
-        assert (standardise(hidden, torch.arange(size + 1) < size) == 0).all()
+        alone = torch.full((size + 1,), number, dtype=dtype)
+        assert (standardise(alone) == 0).all()
+        alone[-1] = 7.0
+        assert (standardise(alone, torch.arange(size + 1) < size) == 0).all()
 
 
 @EVERY_SCALE

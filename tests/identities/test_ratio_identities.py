@@ -51,7 +51,9 @@ def test_at_ratio_1_every_surrogate_has_the_vanilla_gradient(
     whole = sequence_log_ratio(now, before, mask, length_normalised=False).exp()
     for objective in (
         clipped(now, before, advantage, low=low, high=high, dual_clip=dual_clip),
+        clipped(now, before, advantage, low=0.0, high=0.0, dual_clip=dual_clip),
         importance_weighted(now, before, advantage),
+        importance_weighted(now, before, advantage, cap=1.0),
         importance_weighted(now, before, advantage, cap=1.0 + high),
         cispo(now, before, advantage, high=high),
         cispo(now, before, advantage, low=low, high=high),
