@@ -305,8 +305,8 @@ class Section:
     intended: str
     """The gradient that these losses are meant to follow."""
     losses: tuple[Callable[..., Tensor], ...]
-    batches: int | None = None
-    """How many to draw; None weights every batch there is."""
+    samples: int | None = None
+    """Episodes to draw; None weights every batch there is."""
 
 
 LIMITED = "grad J of episodes cut at 4 steps and bootstrapped there"
@@ -328,14 +328,14 @@ SECTIONS = (
         (k1_in_loss, k2_in_loss, k3_in_loss, k3_of_completions_in_loss, k1_in_reward),
     ),
     Section("Control", episodes, "grad J", (reinforce, dropped_gamma, total_return)),
-    Section("Control, 200 batches of 64 episodes", episodes, "grad J", (ppo_control,), batches=200),
+    Section("Control, in batches of 64 episodes", episodes, "grad J", (ppo_control,), samples=12_800),
     Section(
         "With a time limit",
         limited_episodes,
         LIMITED,
         (bootstrapped, truncation_as_termination, residual_to_zero),
     ),
-    Section("With a time limit, 200 batches of 64 episodes", limited_episodes, LIMITED, (ppo_control,), batches=200),
+    Section("With a time limit, in batches of 64 episodes", limited_episodes, LIMITED, (ppo_control,), samples=12_800),
 )
 
 
@@ -369,7 +369,7 @@ def main(settings: Settings) -> dict[tuple[str, str], LossAudit]:
         print(f"\n{section.title}: {setting.name}; meant to follow {section.intended}")
         print("\n| loss | cosine | factor | bias | what the audit says |\n|---|---|---|---|---|")
         for loss in losses:
-            audit = audit_loss(loss, setting, batches=section.batches)
+            audit = audit_loss(loss, setting, samples=section.samples)
             print(row(loss.__name__, audit, section.intended))
             found[section.title, loss.__name__] = audit
     return found

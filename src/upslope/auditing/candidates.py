@@ -18,11 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.tokens import TokenSetting
 from upslope.exact import (
     TokenMDP,
@@ -33,9 +32,6 @@ from upslope.exact import (
     time_limited,
     token_gradient,
 )
-
-if TYPE_CHECKING:
-    from upslope.auditing.setting import FiniteSetting
 
 ROUNDING = 1e-6
 """What is left beside a candidate counts as rounding below this share of the mean (`gamma ** time` is float32)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from upslope.auditing.candidates import ROUNDING, Candidate, candidates_of
 from upslope.auditing.loss import LossFunction, LossSource
 from upslope.auditing.moments import Moments, exact_moments, sampled_moments
 from upslope.auditing.report import AuditReport
+from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.tokens import TokenSetting
-
-if TYPE_CHECKING:
-    from upslope.auditing.setting import FiniteSetting
+from upslope.errors import UsageError
+from upslope.exact import PROBLEMS, TOKEN_PROBLEMS, problem
 
 Follows: TypeAlias = Literal["unbiased", "proportional", "combination", "none", "nothing", "undetermined"]
 """One gradient itself; a multiple of one; a sum of several; none of the candidates; no direction on average; or the
@@ -129,32 +129,50 @@ class LossAudit:
 
 
 def audit_loss(
-    function: LossFunction, setting: TokenSetting | FiniteSetting, *, batches: int | None = None, seed: int = 0
+    function: LossFunction,
+    on: str | TokenSetting | FiniteSetting = "tokens",
+    *,
+    samples: int | None = None,
+    size: int = 2,
+    gamma: float | None = None,
+    seed: int = 0,
 ) -> LossAudit:
     """Find out what a loss follows.
 
+    Every batch there can be is weighted by its probability: of whole episodes one by one, of completions group by
+    group. A loss that uses what several of them have in common, such as a batch's standard deviation, is better asked
+    for `samples`, drawn in batches of 32 episodes or 4 groups.
+
     Args:
         function: the loss; see `upslope.auditing.loss` for what it can ask for.
-        setting: where.
-        batches: how many to draw; None weights every batch there is.
-        seed: of the drawing.
+        on: a named problem (`upslope.exact.TOKEN_PROBLEMS` and `PROBLEMS`), or a setting of your own.
+        samples: how many trajectories to draw; None weights every batch there is.
+        size: completions in a group, on a named completion problem.
+        gamma: discount on a named control problem; the problem's own if None.
+        seed: of the policy's parameters on a named problem, and of the drawing.
 
     Raises:
-        UsageError: if the function asks for what is not there, or returns no loss.
+        UsageError: if there is no such problem, or the function asks for what is not there, or returns no loss.
+        ValueError: if there are too many batches to weight them all (then ask for `samples`).
     """
-    reference = setting.reference if isinstance(setting, TokenSetting) else None
-    gamma = setting.gamma if isinstance(setting, TokenSetting) else setting.mdp.gamma
-    source = LossSource(function, gamma=gamma, reference=reference)
-    parameters = setting.parameters
-    if batches is None:
+    setting = _named(on, size, gamma, seed) if isinstance(on, str) else on
+    tokens = isinstance(setting, TokenSetting)
+    source = LossSource(
+        function,
+        gamma=setting.gamma if tokens else setting.mdp.gamma,
+        reference=setting.reference if tokens else None,
+    )
+    parameters, rows = setting.parameters, 1
+    if samples is None:
         weighted = [(p, source.ascent(setting.policy, parameters, batch)) for p, batch in setting.every()]
         ascents, moments = torch.stack([ascent for _, ascent in weighted]), exact_moments(weighted)
     else:
+        rows = setting.rows
+        batches = max(math.ceil(samples / (rows * setting.trajectories_per_row)), 1)
         drawn = setting.drawn(batches, seed)
         ascents = torch.stack([source.ascent(setting.policy, parameters, batch) for batch in drawn])
         moments = sampled_moments(ascents)
     following = what_it_follows(moments, candidates_of(setting), directions=int(torch.linalg.matrix_rank(ascents)))
-    rows = 1 if batches is None else setting.rows
     report = AuditReport(
         subject=source.name,
         problem=setting.name,
@@ -166,6 +184,17 @@ def audit_loss(
         batches=len(ascents),
     )
     return LossAudit(name=source.name, following=following, report=report)
+
+
+def _named(name: str, size: int, gamma: float | None, seed: int) -> TokenSetting | FiniteSetting:
+    if name in TOKEN_PROBLEMS:
+        return TokenSetting.build(name, size=size, seed=seed)
+    if name not in PROBLEMS:
+        raise UsageError(f"there is no problem {name!r}; there are: {', '.join((*TOKEN_PROBLEMS, *PROBLEMS))}")
+    named = problem(name)
+    if named.mdp.kind == "continuing":
+        raise UsageError(f"{name} goes on without end, and a loss is audited on whole episodes: choose another problem")
+    return FiniteSetting.build(named, gamma=named.mdp.gamma if gamma is None else gamma, unit="episodes", seed=seed)
 
 
 def what_it_follows(moments: Moments, candidates: Sequence[Candidate], *, directions: int) -> Following:

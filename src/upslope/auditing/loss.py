@@ -127,7 +127,7 @@ class LossSource:
         gradient = torch.cat([part.reshape(-1) for part in parts])
         if not bool(gradient.isfinite().all()):
             raise UsageError(
-                f"the gradient of {self.name} is not finite, though its value {float(loss)} is, {_where(trajectory)}: "
+                f"the gradient of {self.name} is not finite, though its value {float(loss.detach())} is, {_where(trajectory)}: "
                 "look for a square root or a division that is near 0 there"
             )
         return -gradient
