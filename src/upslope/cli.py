@@ -114,7 +114,7 @@ class CheckEnvironment:
     """Check that an environment keeps the promises that training relies on."""
 
     id: Annotated[Positional[str], tyro.conf.arg(metavar="ID")]
-    """A Gymnasium id."""
+    """A Gymnasium id, or problem/NAME."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -266,10 +266,12 @@ def _compare(arguments: list[str]) -> int:
 
 def _check_environment(arguments: list[str]) -> int:
     command = parse(CheckEnvironment, arguments, program="upslope check-env")
-    from upslope.collect import check_environment
+    from upslope.collect import EnvironmentConfig, check_environment
+    from upslope.train.problems import named_problem
 
-    report = check_environment(command.id)
-    _say(Console(), str(report))
+    tables = named_problem(EnvironmentConfig(id=command.id))
+    report = check_environment(command.id if tables is None else tables)
+    _say(Console(), str(report if tables is None else dataclasses.replace(report, name=command.id)))
     return DONE if report.ok else BAD_INPUT
 
 

@@ -19,6 +19,9 @@ from upslope.collect.errors import UnsupportedAutoresetError as UnsupportedAutor
 from upslope.collect.errors import UnsupportedSpaceError as UnsupportedSpaceError
 from upslope.collect.evaluation import EvaluationResult as EvaluationResult
 from upslope.collect.evaluation import evaluate_policy as evaluate_policy
+from upslope.collect.finite import FiniteEnvironment as FiniteEnvironment
+from upslope.collect.finite import FiniteFactory as FiniteFactory
+from upslope.collect.finite import FiniteVectorEnvironment as FiniteVectorEnvironment
 from upslope.collect.make import EnvironmentConfig as EnvironmentConfig
 from upslope.collect.make import Resolution as Resolution
 from upslope.collect.make import Source as Source

@@ -22,6 +22,7 @@ from upslope.collect.convert import ObservationLayout, action_cast, convert_acti
 from upslope.collect.environments import EnvironmentCollector
 from upslope.collect.errors import EnvironmentFailureError, UnknownEnvironmentError, UnsupportedSpaceError
 from upslope.collect.evaluation import environment_seeds
+from upslope.collect.finite import FiniteFactory
 from upslope.collect.make import EnvironmentConfig, environment_factory, has_native, native_factory
 from upslope.collect.resume import freeze, resume_problem
 from upslope.collect.vector import Factory, SyncEnvironments, VectorEnvironment
@@ -111,6 +112,8 @@ def check_environment(source: Checked, *, steps: int = 2000, seed: int = 0) -> R
         findings = _check_vector(made, steps, seed)
     else:
         findings = _check_single(cast("Factory", source), steps, seed)
+        if isinstance(source, FiniteFactory):
+            findings.append(_twin(source, source.together(4), min(steps, 500) // 4, seed))
     made.close()
     return Report(name, (*findings, _suite()))
 

@@ -19,6 +19,7 @@ from upslope.collect import atari
 from upslope.collect.actions import random_action
 from upslope.collect.autoreset import GymnasiumVector
 from upslope.collect.errors import UnknownEnvironmentError
+from upslope.collect.finite import FiniteFactory
 from upslope.collect.resume import resume_problem
 from upslope.collect.rollout import Truncation
 from upslope.collect.vector import Factory, Resume, SyncEnvironments, VectorEnvironment
@@ -38,11 +39,12 @@ class EnvironmentConfig:
     """Which environments a run acts in."""
 
     id: str = "CartPole-v1"
-    """Gymnasium id, for example Hopper-v5, ALE/Breakout-v5 or my_package:MyEnv-v0."""
+    """Gymnasium id, for example Hopper-v5, ALE/Breakout-v5 or my_package:MyEnv-v0; or problem/NAME (six-state, say)."""
     count: int = 1
     """How many environments are stepped together."""
     vectorization: Literal["auto", "sync", "async", "native"] = "auto"
-    """sync: in this process; async: in worker processes; native: its own; auto: native from 16 on, else the faster."""
+    """sync: in this process; async: in worker processes; native: its own; auto: native from 16 on and for tables, else
+    the faster."""
     kwargs: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
     """Arguments of the environment's constructor."""
     time_limit: int | None = None
@@ -89,9 +91,10 @@ def resolve_environments(
 ) -> Resolution:
     """Settle what the config leaves open, by measuring and trying.
 
-    - `vectorization="auto"`: the environment's own if it has one and there are at least 16; worker processes if there
-      are several cores and a step of all environments would gain from them; else this process. Only the choice between
-      the last two, which are the same to the last bit, is measured.
+    - `vectorization="auto"`: the environment's own if it has one and there are at least 16, or if it is a
+      `FiniteFactory`'s, where a seed means the same either way; worker processes if there are several cores and a step
+      of all environments would gain from them; else this process. Only the choice between the last two, which are the
+      same to the last bit, is measured.
     - `resume="auto"`: snapshots if restoring one into fresh environments goes on the same to the last bit.
 
     Args:
@@ -181,6 +184,8 @@ def _settled(source: Source, config: EnvironmentConfig | None) -> tuple[_Object 
         return None, dataclasses.replace(config, id=source)
     if isinstance(source, VectorEnv):
         return source, dataclasses.replace(config, count=source.num_envs)
+    if isinstance(source, FiniteFactory) and config.time_limit is not None:
+        source = dataclasses.replace(source, time_limit=config.time_limit)
     return source, config
 
 
@@ -250,7 +255,9 @@ def _explained(name: str, make: Callable[[], Any]) -> Any:
         raise UnknownEnvironmentError(f"{name} needs a package that is not installed ({error}): {remedy}") from error
 
 
-def _native(config: EnvironmentConfig, source: Factory | None, resume: Resume) -> GymnasiumVector:
+def _native(config: EnvironmentConfig, source: Factory | None, resume: Resume) -> VectorEnvironment:
+    if isinstance(source, FiniteFactory) and config.preprocessing == "none":
+        return source.together(config.count, resume=resume)
     if source is not None or not has_native(config):
         raise ValueError(
             f"{config.id if source is None else source} has no vectorisation of its own that can be used here; take "
@@ -294,6 +301,8 @@ def _fastest(
 ) -> tuple[Literal["sync", "async", "native"], str]:
     if isinstance(source, gymnasium.Env):
         return "sync", "it was passed as one object"
+    if isinstance(source, FiniteFactory):
+        return "native", "tables are looked up for all at once"
     if source is None and config.count >= _NATIVE_COUNT and has_native(config):
         return "native", f"it has a vectorisation of its own, and {_NATIVE_COUNT} or more gain from it"
     together = config.count * _seconds_per_step(SyncEnvironments([_factory(config, source, None)]), seed)

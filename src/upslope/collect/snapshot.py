@@ -46,6 +46,7 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "dealer_top_card_suit",
         "dealer_top_card_value_str",
     ),
+    "upslope.collect.finite:FiniteEnvironment": ("state", "elapsed"),
     "gymnasium.wrappers.common:TimeLimit": ("_elapsed_steps",),
     "gymnasium.wrappers.common:OrderEnforcing": ("_has_reset",),
     "gymnasium.wrappers.common:PassiveEnvChecker": ("checked_reset", "checked_step"),

@@ -17,6 +17,7 @@ from upslope.policies import ActorCritic
 from upslope.spaces import Box, Composite, Leaf, Space
 from upslope.train.config_file import read_evaluation
 from upslope.train.given import check_recorded, split_source
+from upslope.train.problems import evaluation_environments_of
 from upslope.train.saving import load
 
 
@@ -81,7 +82,8 @@ class Evaluator:
         environments = self._environments
         if environments is None:
             with checking_usage():
-                environments = make_environments(self._config if self._source is None else self._source, self._config)
+                made_of = evaluation_environments_of(self._config, self._source)
+                environments = make_environments(made_of, self._config)
             self._environments = environments
         _check_spaces(policy, environments)
         mode, sampled = (

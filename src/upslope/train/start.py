@@ -23,6 +23,7 @@ from upslope.train.evaluate import Evaluator
 from upslope.train.given import check_recorded, given_id, split_source, was_given
 from upslope.train.log import require_wandb
 from upslope.train.loop import Callback, Result, Training
+from upslope.train.problems import check_ends, environments_of
 from upslope.train.run_directory import RunDirectory, run_name
 from upslope.train.session import ResumeError, Session
 from upslope.train.storage import write_file_atomically
@@ -65,8 +66,10 @@ def train(
             given = _Given(source, evaluation_environments, encoder, callbacks)
             if source is not None:
                 environment = replace(environment, id=given_id(source))
-            resolution = resolve_environments(environment if source is None else source, environment)
+            made_of = environments_of(environment, source)
+            resolution = resolve_environments(made_of, environment)
             run = replace(run, environment=resolution.config)
+            check_ends(run, made_of)
             evaluator = _evaluator(run, given)
             session = used.enter_context(_session(run, given))
             directory = used.enter_context(_new_directory(run))
@@ -111,6 +114,7 @@ def resume(
                 run = replace(run, steps=steps)
             if run.log.wandb:
                 require_wandb()
+            check_ends(run, environments_of(run.environment, source))
             given = _Given(source, evaluation_environments, encoder, callbacks)
             used.enter_context(_threads(run.threads))
             session = used.enter_context(_session(run, given))
@@ -131,7 +135,7 @@ class _Given:
 
 @contextmanager
 def _session(run: Run, given: _Given) -> Iterator[Session]:
-    source = run.environment if given.environments is None else given.environments
+    source = environments_of(run.environment, given.environments)
     session = Session(run, make_environments(source, run.environment), encoder=given.encoder)
     try:
         yield session
