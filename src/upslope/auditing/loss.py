@@ -127,8 +127,8 @@ class LossSource:
         gradient = torch.cat([part.reshape(-1) for part in parts])
         if not bool(gradient.isfinite().all()):
             raise UsageError(
-                f"the gradient of {self.name} is not finite, though its value {float(loss.detach())} is, {_where(trajectory)}: "
-                "look for a square root or a division that is near 0 there"
+                f"the gradient of {self.name} is not finite, though its value {float(loss.detach())} is, "
+                f"{_where(trajectory)}: look for a square root or a division that is near 0 there"
             )
         return -gradient
 
