@@ -11,19 +11,26 @@ from upslope.diagnostics.noise import (
 )
 from upslope.diagnostics.signal import explained_variance, psi_variances, zero_advantage_groups
 from upslope.diagnostics.steps import StepRecord, effective_sample_size, gradient_shares
+from upslope.diagnostics.verdicts import RULES, Rule, Verdict, Watch, verdict_line, verdicts
 
 __all__ = [
+    "RULES",
     "Meter",
     "MinibatchNoise",
     "NoiseEstimate",
+    "Rule",
     "SmoothedNoise",
     "StepRecord",
     "SuccessiveNoise",
+    "Verdict",
+    "Watch",
     "effective_sample_size",
     "explained_variance",
     "gradient_shares",
     "noise_of_minibatches",
     "noise_of_pair",
     "psi_variances",
+    "verdict_line",
+    "verdicts",
     "zero_advantage_groups",
 ]

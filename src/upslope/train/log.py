@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
+from upslope.diagnostics import Verdict, Watch, verdict_line
 from upslope.errors import UsageError
 
 Value: TypeAlias = float | int | str
@@ -70,7 +71,11 @@ class MetricsLog:
             raise FileExistsError(
                 f"{path} already holds the metrics of a run: resume that run, or choose another name for this one"
             )
-        last_step = None if resume_at is None else _cut_back(path, resume_at)
+        kept = [] if resume_at is None else _cut_back(path, resume_at)
+        last_step = int(kept[-1]["step"]) if kept else None
+        self._watch = Watch()
+        for record in kept:
+            self._watch.add(record)
         self._file = io.BufferedWriter(io.FileIO(path, "ab"))
         self._views: dict[str, View] = {}
         self.dropped: list[str] = []
@@ -83,18 +88,27 @@ class MetricsLog:
     def write(self, record: Record, *, step: int) -> None:
         """Append one record and show it in the views.
 
-        NaN is written as null and infinities as "Infinity" and "-Infinity", so that every line is strict JSON.
+        NaN is written as null and infinities as "Infinity" and "-Infinity", so that every line is strict JSON. A record
+        of training after which something is wrong with the run says so under "verdict", in words.
 
         Args:
             record: names to numbers or text; "kind" says which kind of record it is.
             step: environment steps of the run so far; kept under "step".
         """
         whole: dict[str, Value] = {**record, "step": step}
+        if record.get("kind") == "train":
+            self._watch.add(record)
+            if verdict := verdict_line(self.verdicts()):
+                whole["verdict"] = verdict
         line = json.dumps({name: _to_json(name, value) for name, value in whole.items()}, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         for name, view in list(self._views.items()):
             self._guard(name, lambda view=view: view.write(whole, step))
+
+    def verdicts(self) -> list[Verdict]:
+        """What is to be said about the run by its records so far, those before it was resumed included."""
+        return self._watch.verdicts()
 
     def cursor(self) -> int:
         """The file's length in bytes, after everything before it has reached the disk."""
@@ -193,11 +207,11 @@ def _from_json(value: Any) -> Value:
     return _FROM_TEXT.get(value, value) if isinstance(value, str) else value
 
 
-def _cut_back(path: Path, length: int) -> int | None:
-    """Shorten the file to whole lines within `length` bytes; the step of the last one kept, None if none is."""
+def _cut_back(path: Path, length: int) -> list[dict[str, Value]]:
+    """Shorten the file to whole lines within `length` bytes; the records kept."""
     if not path.exists():
         _logger.warning("%s is missing: the metrics start anew at this checkpoint", path)
-        return None
+        return []
     with open(path, "r+b") as file:
         kept = file.read(length)
         if len(kept) < length:
@@ -205,8 +219,7 @@ def _cut_back(path: Path, length: int) -> int | None:
         end = kept.rfind(b"\n") + 1
         file.truncate(end)
         os.fsync(file.fileno())
-    records = read_metrics(path)
-    return int(records[-1]["step"]) if records else None
+    return read_metrics(path)
 
 
 class _TensorBoard:

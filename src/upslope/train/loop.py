@@ -215,6 +215,7 @@ class Training:
         seconds = sum(metrics["collect_seconds"] + metrics["learn_seconds"] for metrics in self.pending)
         record["steps_per_second"] = (session.steps - self.logged_steps) / max(seconds, 1e-9)
         self._write_record(record)
+        self.display.judge(self.log.verdicts())
         self.pending, self.logged_steps = [], session.steps
 
     def _evaluate(self, episodes: int, *, final: bool, known: bool = False) -> EvaluationReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from upslope.diagnostics import Verdict
 
 _DRAW_EVERY = 0.2
 """Seconds between two pictures on a terminal."""
@@ -68,6 +70,7 @@ class ProgressDisplay:
         self._live: Live | None = None
         self._steps = 0
         self._metrics: Mapping[str, float] = {}
+        self._wrong: list[Verdict] = []
         self._past: list[tuple[float, int]] = []
         self._looked = -math.inf
         self._spoken = self._started = clock()
@@ -113,6 +116,18 @@ class ProgressDisplay:
         elif now - self._spoken >= _SPEAK_EVERY:
             self._spoken = now
             self._speak()
+
+    def judge(self, found: Sequence[Verdict]) -> None:
+        """Show what is wrong with the run: its first warning; where lines are printed, one line when that changes."""
+        before = [verdict.name for verdict in self._wrong[:1]]
+        self._wrong = [verdict for verdict in found if verdict.level == "warning"]
+        if self._live is None and self._wrong and [self._wrong[0].name] != before:
+            self.message(f"{self._title}: {self._warning}")
+
+    @property
+    def _warning(self) -> str:
+        more = f" (and {len(self._wrong) - 1} more: upslope diagnose)" if len(self._wrong) > 1 else ""
+        return f"warning: {self._wrong[0].text}{more}"
 
     def message(self, text: str) -> None:
         """Print one line above the display."""
@@ -191,7 +206,10 @@ class ProgressDisplay:
         cells = [(heading, self._figure(name, form)) for heading, name, form in _SHOWN]
         for start in range(0, len(cells), columns):
             figures.add_row(*[text for cell in cells[start : start + columns] for text in cell])
-        return Group(head, figures, Text(self._times(), style="dim"))
+        lines: list[RenderableType] = [head, figures, Text(self._times(), style="dim")]
+        if self._wrong:
+            lines.append(Text(self._warning, style="yellow", no_wrap=True, overflow="ellipsis"))
+        return Group(*lines)
 
 
 def _duration(seconds: float) -> str:

@@ -98,7 +98,7 @@ class Session:
             self.returns.append(episode_return)
             self.lengths.append(length)
         metrics = {**learned.metrics, **{f"state/{name}": number for name, number in learned.state.items()}}
-        metrics["learning_rate"] = learning_rate
+        metrics["learning_rate"], metrics["progress"] = learning_rate, self.progress
         if self.meter is not None and self.most_entropy is not None:
             metrics["entropy_share"] = metrics["entropy"] / self.most_entropy
         metrics["collect_seconds"] = collected - start
