@@ -1,6 +1,7 @@
 """Values, visits and objectives against numbers worked out by hand, and the identities between them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from upslope.exact import (
     PROBLEMS,
     FiniteMDP,
     TabularPolicy,
+    observed_value,
     policy_gradient,
     problem,
     solve,
@@ -155,3 +157,28 @@ def test_states_that_are_not_visited_do_not_spoil_the_rest() -> None:
     assert solution.objective == 1.0
     assert solution.mean_length == 1.0
     assert torch.isnan(solution.value).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("name", ["six-state", "ring", "time-limit"])
+def test_the_value_of_what_is_seen_is_the_value_where_states_look_different(name: str) -> None:
+    named = problem(name)
+    solution = solve(named.mdp, named.policy(0))
+    close(observed_value(named.mdp, solution), solution.value)
+
+
+def test_the_value_of_states_that_look_alike_is_the_mean_over_steps() -> None:
+    """The corridor under the even policy: visits 6, 4 and 2 with values -12, -10 and -6, and the end apart."""
+    named = problem("short-corridor")
+    policy = named.policy(0)
+    policy.theta.data.zero_()
+    solution = solve(named.mdp, policy)
+    close(solution.undiscounted_visits, [6.0, 4.0, 2.0, 0.0])
+    close(solution.value, [-12.0, -10.0, -6.0, 0.0])
+    close(observed_value(named.mdp, solution), [-(72.0 + 40.0 + 12.0) / 12.0])
+
+
+def test_observations_without_a_number_have_no_table() -> None:
+    named = problem("six-state")
+    mdp = replace(named.mdp, observation=torch.zeros(7, 2))
+    with pytest.raises(ValueError, match="observations must be whole numbers"):
+        observed_value(mdp, solve(named.mdp, named.policy(0)))

@@ -29,6 +29,7 @@ from upslope.exact.problems import baird_features as baird_features
 from upslope.exact.problems import problem as problem
 from upslope.exact.solve import Solution as Solution
 from upslope.exact.solve import action_probabilities as action_probabilities
+from upslope.exact.solve import observed_value as observed_value
 from upslope.exact.solve import solve as solve
 from upslope.exact.token_groups import Groups as Groups
 from upslope.exact.token_groups import enumerate_groups as enumerate_groups

@@ -1,4 +1,4 @@
-"""Policies small enough to be looked at whole: softmax over a table of preferences, or over linear ones. All float64."""
+"""Policies small enough to be looked at whole: softmax over a table of preferences or over linear ones, in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from upslope.trajectory import Evaluation, Observation, ObservationArrays, Steps
 
 
 class StatePolicy(nn.Module):
-    """A softmax policy with a critic, both functions of the state's number; a `Policy`.
+    """A softmax policy with a critic, both functions of the number seen; a `Policy`.
+
+    That is the state's number, unless the problem's observations let states look alike.
 
     Attributes:
         value: [S] the critic's table.
@@ -100,6 +102,8 @@ class LinearPolicy(StatePolicy):
     def __init__(self, features: Tensor, theta: Tensor | None = None) -> None:
         if features.dim() != 3:
             raise ValueError(f"features must have shape [S, A, D], got {tuple(features.shape)}")
+        if theta is not None and theta.shape != features.shape[2:]:
+            raise ValueError(f"theta must have shape {tuple(features.shape[2:])}, got {tuple(theta.shape)}")
         super().__init__(features.shape[0], features.shape[1])
         self.register_buffer("features", features.to(torch.float64))
         begin = torch.zeros(features.shape[2]) if theta is None else theta

@@ -89,6 +89,30 @@ def solve(mdp: FiniteMDP, policy: Policy) -> Solution:
     return _continuing(mdp, probabilities) if mdp.kind == "continuing" else _episodic(mdp, probabilities)
 
 
+def observed_value(mdp: FiniteMDP, solution: Solution) -> Tensor:
+    """The best values by what a policy sees, [O]: for each o the mean of v(s) over the steps with o(s) = o.
+
+    Where every state looks different it is v itself; where states look alike no critic of observations is exact. An
+    observation that the policy never comes to has the plain mean of its states.
+
+    Args:
+        mdp: a problem whose observations are numbers; O is one more than the largest.
+        solution: of the policy whose values these are.
+
+    Raises:
+        ValueError: if observations are not single whole numbers.
+    """
+    seen = mdp.observation
+    if seen.dim() != 1 or seen.is_floating_point():
+        raise ValueError(f"observations must be whole numbers, [S]; got {seen.dtype} of shape {tuple(seen.shape)}")
+    count = int(seen.max()) + 1
+    visited = torch.zeros(count, dtype=torch.float64).index_add(0, seen, solution.on_policy)
+    weight = torch.where(visited[seen] > 0, solution.on_policy, (~mdp.terminal).to(torch.float64))
+    total = torch.zeros_like(visited).index_add(0, seen, weight)[seen]
+    share = weight / torch.where(total > 0, total, 1.0)
+    return torch.zeros_like(visited).index_add(0, seen, torch.where(share > 0, share * solution.value, 0.0))
+
+
 def _episodic(mdp: FiniteMDP, policy: Tensor) -> Solution:
     going = ~mdp.terminal
     move = torch.einsum("sa,sax->sx", policy * going.unsqueeze(-1), mdp.transition)
