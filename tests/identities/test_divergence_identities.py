@@ -171,6 +171,24 @@ def test_entropy_lies_between_0_and_log_a(policy: Tensor) -> None:
 
 @PROPERTY
 @given(two_logits())
+def test_impossible_actions_add_nothing(pair: tuple[Tensor, Tensor]) -> None:
+    """A preference of -inf is as good as an action that is not there, in value and in gradient."""
+    policy, reference = (logits.clone().requires_grad_() for logits in pair)
+    never = torch.full((1,), -torch.inf, dtype=torch.float64)
+    longer, other = torch.cat((policy, never)), torch.cat((reference, never))
+    for found, expected in (
+        (categorical_entropy(longer), categorical_entropy(policy)),
+        (categorical_kl(longer, other), categorical_kl(policy, reference)),
+    ):
+        close(found, expected)
+        close(torch.autograd.grad(found, policy)[0], torch.autograd.grad(expected, policy)[0])
+    possible = torch.cat((reference.detach(), torch.zeros(1, dtype=torch.float64)))
+    assert categorical_kl(longer, possible).isfinite()
+    assert categorical_kl(possible, longer).isinf()
+
+
+@PROPERTY
+@given(two_logits())
 def test_pinsker(pair: tuple[Tensor, Tensor]) -> None:
     """KL >= 2 TV^2 in both directions, and 0 between equals."""
     policy, reference = pair
