@@ -77,6 +77,11 @@ class TokenStage:
         return row_gradients(sequence_log_prob(self.log_prob, self.mask), [self.policy.theta])
 
     @cached_property
+    def step_score(self) -> Tensor:
+        """[R, T, P] gradient of each token's log-prob."""
+        return row_gradients(self.log_prob.flatten(), [self.policy.theta]).view(*self.mask.shape, -1)
+
+    @cached_property
     def gradient(self) -> Tensor:
         """[P] grad J."""
         return token_gradient(self.problem, self.policy, [self.policy.theta])
