@@ -196,14 +196,17 @@ def test_pinsker(pair: tuple[Tensor, Tensor]) -> None:
     for one, other in ((policy, reference), (reference, policy)):
         assert float(categorical_kl(one, other)) >= float(2 * variation.square()) - 1e-12
     close(categorical_kl(policy, policy + 0.7), torch.zeros((), dtype=torch.float64))
+    rows = torch.stack((policy, reference, policy)), torch.stack((reference, policy, policy))
+    close(categorical_kl(*rows), torch.stack([categorical_kl(*pair) for pair in zip(*rows, strict=True)]))
+    close(categorical_entropy(rows[0]), torch.stack([categorical_entropy(row) for row in rows[0]]))
 
 
 @PROPERTY
 @given(SEEDS)
 def test_gaussian_divergences_are_the_integrals(seed: int) -> None:
-    """Gauss-Hermite quadrature of k1 and of -l, exact for polynomials; sums over dimensions."""
-    mean_p, log_std_p, mean_q, log_std_q = 0.7 * normal(seed, 4, 2)
-    nodes = torch.linspace(-12.0, 12.0, 4001, dtype=torch.float64).unsqueeze(-1)
+    """Quadrature of k1 and of -l over each dimension, to rounding for smooth tails; sums over dimensions alone."""
+    mean_p, log_std_p, mean_q, log_std_q = 0.7 * normal(seed, 4, 3, 2)
+    nodes = torch.linspace(-12.0, 12.0, 1201, dtype=torch.float64).view(-1, 1, 1)
     x = mean_p + log_std_p.exp() * nodes
     weight = (-0.5 * nodes.square()).exp() / (-0.5 * nodes.square()).exp().sum()
 
@@ -211,9 +214,11 @@ def test_gaussian_divergences_are_the_integrals(seed: int) -> None:
         return -0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
 
     inside, outside = log_density(mean_p, log_std_p), log_density(mean_q, log_std_q)
-    close(gaussian_kl(mean_p, log_std_p, mean_q, log_std_q), (weight * k1(inside, outside)).sum())
-    close(gaussian_entropy(log_std_p), (weight * sampled_entropy(inside)).sum())
-    close(gaussian_kl(mean_p, log_std_p, mean_p, log_std_p), torch.zeros((), dtype=torch.float64))
+    close(gaussian_kl(mean_p, log_std_p, mean_q, log_std_q), (weight * k1(inside, outside)).sum((0, 2)))
+    close(gaussian_entropy(log_std_p), (weight * sampled_entropy(inside)).sum((0, 2)))
+    close(gaussian_kl(mean_p, log_std_p, mean_p, log_std_p), torch.zeros(3, dtype=torch.float64))
+    shared = gaussian_kl(mean_p, log_std_p[0], mean_q, log_std_q[0])
+    close(shared, gaussian_kl(mean_p, log_std_p[:1].expand(3, 2), mean_q, log_std_q[:1].expand(3, 2)))
 
 
 @PROPERTY
