@@ -264,6 +264,12 @@ def _compare(arguments: list[str]) -> int:
     return DONE
 
 
+def _diagnose(arguments: list[str]) -> int:
+    from upslope.commands.diagnose import act
+
+    return act(arguments)
+
+
 def _check_environment(arguments: list[str]) -> int:
     command = parse(CheckEnvironment, arguments, program="upslope check-env")
     from upslope.collect import EnvironmentConfig, check_environment
@@ -385,6 +391,7 @@ _COMMANDS = {
     "resume": _Command(takes="RUN [--steps N]", purpose="go on with a run", act=_resume),
     "evaluate": _Command(takes="RUN [--episodes N]", purpose="judge the policy of a run", act=_evaluate),
     "compare": _Command(takes="RUN... [--out PICTURE]", purpose="compare runs over seeds", act=_compare),
+    "diagnose": _Command(takes="RUN", purpose="say what is wrong with a run, if something is", act=_diagnose),
     "check-env": _Command(takes="ID", purpose="check an environment", act=_check_environment),
 }
 
