@@ -209,3 +209,31 @@ def test_flat_vectors_are_the_tensors_in_their_order(seed: int) -> None:
     vector = flatten(parts)
     assert vector.tolist() == [number for part in parts for number in part.flatten().tolist()]
     assert all(torch.equal(one, two) for one, two in zip(unflatten(vector, parts), parts, strict=True))
+
+
+def test_settings_not_given_are_the_papers() -> None:
+    """Ten shortenings by 0.8; ten iterations, or as few as bring the squared residual to 1e-10 of |b|^2."""
+    seen: list[float] = []
+
+    def evaluate(candidate: Tensor) -> tuple[float, float]:
+        seen.append(float(candidate))
+        return -1.0, 0.0
+
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    backtracking_line_search(evaluate, zero, one, objective=0.0, max_divergence=0.1)
+    assert seen == pytest.approx([0.8**j for j in range(10)], rel=1e-12)
+    hard, b = torch.logspace(-6, 6, 40, dtype=torch.float64), torch.ones(40, dtype=torch.float64)
+    found = conjugate_gradient(lambda v: hard * v, b)
+    assert torch.equal(found, conjugate_gradient(lambda v: hard * v, b, iterations=10, tolerance=0.0))
+    easy = torch.linspace(1.0, 2.0, 40, dtype=torch.float64)
+    residuals = [
+        float((b - easy * conjugate_gradient(lambda v: easy * v, b, iterations=n, tolerance=0.0)).square().sum())
+        for n in range(1, 11)
+    ]
+    enough = 1 + next(n for n, residual in enumerate(residuals) if residual <= 1e-10 * 40)
+    assert 1 < enough < 10
+    stopped = conjugate_gradient(lambda v: easy * v, b)
+    assert torch.equal(stopped, conjugate_gradient(lambda v: easy * v, b, iterations=enough, tolerance=0.0))
+    assert conjugate_gradient(lambda v: -v, b).tolist() == [0.0] * 40
+    assert conjugate_gradient(torch.zeros_like, b).tolist() == [0.0] * 40
+    assert trust_region_scale(b, torch.zeros_like(b), max_divergence=0.1) == 0.0

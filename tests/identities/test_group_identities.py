@@ -39,6 +39,7 @@ def test_group_relative_is_the_reward_minus_the_mean_over_the_chosen_scale(data:
         deviation[members] = (centred[members].square().sum() / (len(members) - 1)).sqrt()
     whole = ((data.total - data.total.mean()).square().sum() / (len(data.total) - 1)).sqrt()
     close(group_relative(data.total, data.group), centred)
+    close(group_relative(data.total, data.group, scale="group"), centred / (deviation + 1e-6))
     close(group_relative(data.total, data.group, scale="group", epsilon=0.1), centred / (deviation + 0.1))
     close(group_relative(data.total, data.group, scale="batch", epsilon=0.1), centred / (whole + 0.1))
 
@@ -183,3 +184,6 @@ def test_standardised_has_mean_0_and_deviation_1(seed: int, count: int, ddof: in
     padded = torch.cat((torch.tensor([torch.nan, 1e30], dtype=torch.float64), advantage))
     close(standardise(padded, mask, epsilon=1e-14, ddof=ddof), torch.cat((torch.zeros(2).double(), found)))
     close(standardise(advantage, epsilon=1.0) * (advantage.std() + 1.0), advantage - advantage.mean())
+    close(standardise(padded, mask, epsilon=1.0)[2:], standardise(advantage, epsilon=1.0))
+    close(standardise(advantage) * (advantage.std() + 1e-8), advantage - advantage.mean())
+    close(standardise(padded, mask)[2:], standardise(advantage))

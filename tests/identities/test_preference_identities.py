@@ -135,6 +135,7 @@ def test_kto_is_a_sigmoid_of_the_distance_from_the_kl(
     gradients = torch.autograd.grad(found.sum(), (both, z), allow_unused=True)
     assert gradients[1] is None
     assert gradients[0][0] < 0.0 < gradients[0][1]
+    close(kto(both, desirable, z, beta=beta), found / torch.tensor([weight, other_weight], dtype=torch.float64))
     even = kto(torch.full_like(both, max(kl, 0.0)), desirable, z, beta=beta, **weights)
     close(even, torch.tensor([weight / 2, other_weight / 2], dtype=torch.float64))
 
