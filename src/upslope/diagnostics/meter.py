@@ -12,7 +12,7 @@ from upslope.diagnostics.signal import psi_variances, zero_advantage_groups
 from upslope.diagnostics.steps import StepRecord, effective_sample_size, gradient_shares
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory, Tree
 
-_DECAY_WITHIN, _DECAY_BETWEEN = 0.9, 0.98
+_DECAY_WITHIN, _DECAY_BETWEEN = 0.95, 0.98
 """Estimates from one pair of updates are far noisier than those from the minibatches of one, so they last longer."""
 
 
@@ -34,7 +34,8 @@ class Meter:
     | dead_gradient_share, clip_share_positive, clip_share_negative | steps without gradient, as a share |
 
     Signal and noise come from the minibatches of the first pass where there are several, else from the first gradients
-    of successive updates. Both are smoothed over updates. The parameters move between the gradients compared.
+    of successive updates. Both are smoothed over updates. The parameters move between the gradients compared. In an
+    update of a single optimiser step all ratios are 1, and not reported beyond the first.
 
     Args:
         gradient: [P] where the gradients of the parameters that serve the actor alone lie after each backward pass.
@@ -138,7 +139,8 @@ class Meter:
         if len(self._steps) > 1:
             last = [record.log_ratio for step in self._steps[self._last_pass :] for record in step]
             found["effective_sample_size"] = effective_sample_size(torch.cat(last))
-        found.update(gradient_shares([record for step in self._steps for record in step]))
+        shares = gradient_shares([record for step in self._steps for record in step])
+        found.update(shares if len(self._steps) > 1 else {name: shares[name] for name in shares if "clip" not in name})
         numbers = dict(zip(found, torch.stack([entry.double() for entry in found.values()]).tolist(), strict=True))
         chosen = numbers.pop("chosen")
         if self._minibatches is not None:

@@ -46,6 +46,8 @@ class Watch:
         self._greatest_variance = 0.0
         self._looks = 0
         self._anything_to_learn = False
+        self.decided_early = False
+        """Whether the policy had stopped exploring before half of the run."""
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in the next record of metrics.jsonl; other kinds than "train" are passed over."""
@@ -58,17 +60,21 @@ class Watch:
         variances = self.values(_VARIANCE)
         if len(variances) >= _ENOUGH:
             self._greatest_variance = max(self._greatest_variance, statistics.median(variances))
+        shares = self.values("entropy_share")[-_ENOUGH:]
+        if len(shares) == _ENOUGH and max(shares) < _DECIDED and self.latest("progress") < 0.5:
+            self.decided_early = True
         if "reward_deviation" in record:
             self._looks += 1
             if record["reward_deviation"] != 0.0 or record["termination_share"] != 0.0:
                 self._anything_to_learn = True
 
     def verdicts(self) -> list[Verdict]:
-        """What is to be said now, warnings first."""
+        """What is to be said now; hints only where there is no warning."""
+        if self._looks >= LAST and not self._anything_to_learn:
+            return [_NOTHING_TO_LEARN]
         found = [Verdict(level=rule.level, name=rule.name, text=text) for rule in RULES if (text := rule.apply(self))]
-        if self._nothing_to_learn:
-            found = [_NOTHING_TO_LEARN]
-        return sorted(found, key=lambda verdict: verdict.level != "warning")
+        warnings = [verdict for verdict in found if verdict.level == "warning"]
+        return warnings or found
 
     def latest(self, name: str) -> float:
         """The newest value of a figure; 0 if it was never seen."""
@@ -84,10 +90,6 @@ class Watch:
         """Whether returns differ within a batch by more than a trace of what they once differed by."""
         values = self.values(_VARIANCE)
         return len(values) >= _ENOUGH and statistics.median(values) > _TRACE * self._greatest_variance
-
-    @property
-    def _nothing_to_learn(self) -> bool:
-        return self._looks >= LAST and not self._anything_to_learn
 
 
 def verdicts(history: Iterable[Mapping[str, Any]]) -> list[Verdict]:
@@ -112,7 +114,7 @@ class Rule:
         level: of the verdict.
         figure: which of the records it looks at.
         wrong: which values of it are wrong.
-        text: of the verdict; `{value}` stands for the median of the wrong values.
+        text: of the verdict; `{value}` stands for the median of the wrong values, `{times}` for 1 / value.
         only_if: what else must hold.
         enough: records that must show it, at least.
         most: the share of the last records that must show it.
@@ -135,17 +137,17 @@ class Rule:
             return None
         if self.only_if is not None and not self.only_if(watch):
             return None
-        return self.text.format(value=statistics.median(wrong))
+        value = statistics.median(wrong)
+        times = f"{1.0 / value:,.0f}" if value > 1e-3 else "over 1,000"
+        return self.text.format(value=value, times=times)
 
 
 _NORM = "gradient_norm"
 _VARIANCE = "variance/reward_to_go"
+_DECIDED = 0.02
+"""The share of the greatest entropy below which a policy explores no more."""
 _TRACE = 0.02
 """Returns whose variance fell to this share of the run's greatest hold nothing for a critic to explain."""
-
-
-def _while_exploring(watch: Watch) -> bool:
-    return watch.latest("progress") < 0.5
 
 
 RULES: tuple[Rule, ...] = (
@@ -172,7 +174,7 @@ RULES: tuple[Rule, ...] = (
         name="policy jumps",
         level="warning",
         figure="kl",
-        wrong=lambda value: value > 0.1,
+        wrong=lambda value: value > 0.05,
         text="the policy jumps: each update moves it by a KL of {value:.2g}, where 0.001 to 0.05 is usual; lower the "
         "learning rate or the number of epochs, or set target_kl",
     ),
@@ -180,7 +182,7 @@ RULES: tuple[Rule, ...] = (
         name="dead gradient",
         level="warning",
         figure="dead_gradient_share",
-        wrong=lambda value: value > 0.5,
+        wrong=lambda value: value > 0.3,
         text="{value:.0%} of the batch has no gradient: the steps are clipped or their advantage is exactly 0; lower "
         "the learning rate or the number of epochs, or widen the clip",
     ),
@@ -199,16 +201,16 @@ RULES: tuple[Rule, ...] = (
         wrong=lambda value: value < 0.05,
         text="the critic explains nothing: explained variance {value:.2f}; raise the learning rate or "
         "value_coefficient, normalise rewards, or train without a critic",
-        only_if=lambda watch: watch.returns_vary,
+        only_if=lambda watch: watch.returns_vary and watch.latest("progress") > 0.2,
     ),
     Rule(
         name="exploration over",
         level="warning",
         figure="entropy_share",
-        wrong=lambda value: value < 0.02,
-        text="the policy explores no more, before half of the run: its entropy is {value:.1%} of that of blind choice; "
+        wrong=lambda value: value < _DECIDED,
+        text="the policy stopped exploring before half of the run: its entropy is {value:.1%} of that of blind choice; "
         "set or raise entropy_coefficient, or lower the learning rate",
-        only_if=_while_exploring,
+        only_if=lambda watch: watch.decided_early,
     ),
     Rule(
         name="groups without advantage",
@@ -219,20 +221,20 @@ RULES: tuple[Rule, ...] = (
         "neither always nor never solved, or larger groups",
     ),
     Rule(
-        name="gradient drowns in noise",
+        name="batch too small",
         level="hint",
         figure="gradient_snr",
-        wrong=lambda value: value < 0.02,
-        text="the gradient drowns in noise: signal to noise is {value:.2g} for the steps of an update; collect more "
-        "steps per update, or lower the learning rate",
+        wrong=lambda value: value < 0.1,
+        text="the batch is too small: the noise scale of the gradient is {times} times the steps of an update; collect "
+        "more steps per update, or lower the learning rate",
         only_if=lambda watch: watch.returns_vary,
     ),
     Rule(
-        name="batch larger than needed",
+        name="batch too large",
         level="hint",
         figure="gradient_snr",
         wrong=lambda value: value > 50.0,
-        text="the batch is larger than needed: it has {value:.0f} times the steps at which signal and noise are equal; "
+        text="the batch is larger than it need be: {value:.0f} times the steps at which signal and noise are equal; "
         "fewer steps per update would learn faster for the same experience",
         only_if=lambda watch: watch.returns_vary,
     ),
