@@ -19,3 +19,7 @@ from upslope.recipes.presets import ppo_paper as ppo_paper
 from upslope.recipes.presets import ppo_sb3 as ppo_sb3
 from upslope.recipes.registry import RECIPES as RECIPES
 from upslope.recipes.registry import load_recipe as load_recipe
+from upslope.recipes.tables import short_corridor_actor_critic as short_corridor_actor_critic
+from upslope.recipes.tables import short_corridor_baseline as short_corridor_baseline
+from upslope.recipes.tables import short_corridor_reinforce as short_corridor_reinforce
+from upslope.recipes.tables import six_state_ppo as six_state_ppo

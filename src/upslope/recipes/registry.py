@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 
 from upslope.errors import UsageError
-from upslope.recipes import control, presets
+from upslope.recipes import control, presets, tables
 from upslope.train import Run
 from upslope.user_code import function_from_file
 
@@ -28,6 +28,10 @@ RECIPES: dict[str, Callable[[], Run]] = {
         control.halfcheetah_ppo,
         control.walker2d_ppo,
         control.breakout_ppo,
+        tables.short_corridor_reinforce,
+        tables.short_corridor_baseline,
+        tables.short_corridor_actor_critic,
+        tables.six_state_ppo,
         presets.ppo_cleanrl,
         presets.ppo_sb3,
         presets.ppo_paper,
