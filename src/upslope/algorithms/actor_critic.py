@@ -53,7 +53,7 @@ class OneStepActorCritic:
         return Target(
             gradient="discounted" if self.discounted_states else "undiscounted_states",
             per="step",
-            requires=("on_policy", "exact_critic"),
+            requires=("on_policy", "exact_critic", "fixed_steps"),
             biased_by=_entropy_bias(self.entropy_coefficient),
         )
 
@@ -122,7 +122,7 @@ class A2C:
         return Target(
             gradient="undiscounted_states",
             per="step",
-            requires=("on_policy", "exact_critic"),
+            requires=("on_policy", "exact_critic", "fixed_steps"),
             biased_by=scaled + _entropy_bias(self.entropy_coefficient),
             batchwise=self.normalize_advantage,
         )

@@ -117,7 +117,7 @@ class PPO:
         return Target(
             gradient="undiscounted_states",
             per="step",
-            requires=("on_policy", "exact_critic"),
+            requires=("on_policy", "exact_critic", "fixed_steps"),
             biased_by=biases,
             batchwise=self.normalize_advantage,
         )

@@ -21,9 +21,10 @@ ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 GradientName: TypeAlias = Literal["discounted", "undiscounted_states", "average_reward"]
 """grad J_gamma; the same with gamma^t dropped, sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a); grad r_bar."""
 
-Condition: TypeAlias = Literal["exact_critic", "exact_critic_at_limit", "on_policy", "no_time_limit"]
-"""What an estimator may need to be unbiased: V = v_pi; V = v_pi where a time limit cuts an episode; data of the policy
-being differentiated; no episode cut by a time limit."""
+Condition: TypeAlias = Literal["exact_critic", "exact_critic_at_limit", "on_policy", "no_time_limit", "fixed_steps"]
+"""What an estimator may need to be unbiased: V = v_pi; V = v_pi where a limit cuts a trajectory; data of the policy
+being differentiated; no trajectory cut by a limit that is not part of the task; batches that all hold the same number
+of steps, as a mean over steps is a ratio where they do not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

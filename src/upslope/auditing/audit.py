@@ -15,7 +15,9 @@ from upslope.auditing.moments import Moments, exact_moments, sampled_moments
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting, Setting
 from upslope.auditing.source import AlgorithmSource, Source
-from upslope.exact import NamedProblem, problem
+from upslope.auditing.tokens import TokenSetting
+from upslope.errors import UsageError
+from upslope.exact import PROBLEMS, TOKEN_PROBLEMS, NamedProblem, TokenMDP, problem
 
 DEFAULT_SAMPLES = 100_000
 """Trajectories drawn where not every batch can be weighted."""
@@ -84,7 +86,7 @@ def report(
 
 def audit(
     algorithm: Algorithm,
-    on: str | NamedProblem = "six-state",
+    on: str | NamedProblem | TokenMDP = "six-state",
     *,
     samples: int | None = None,
     circumstances: Circumstances | None = None,
@@ -94,13 +96,13 @@ def audit(
 ) -> AuditReport:
     """Hold an algorithm, through the training step, against the gradient it declares to follow.
 
-    Every batch of one row (a whole episode, or `row_steps` steps) is weighted by its probability, so that bias is exact
-    to rounding. Where rows of a batch change one another's gradient, or `samples` is given, batches are drawn as
-    training draws them.
+    Every batch of one row (a whole episode or completion, or `row_steps` steps) is weighted by its probability, so that
+    bias is exact to rounding. Where rows of a batch change one another's gradient, or `samples` is given, batches are
+    drawn as training draws them.
 
     Args:
-        algorithm: its gamma is the discount of the problem.
-        on: a named problem (`upslope.exact.PROBLEMS`), or one of your own.
+        algorithm: its gamma is the discount of the problem (of completions it must be 1).
+        on: a named problem (`upslope.exact.PROBLEMS` and `TOKEN_PROBLEMS`), or one of your own.
         samples: trajectories to draw; None draws only where it must, and then 100,000.
         circumstances: critic, behaviour, time limit; an exact critic, on-policy and the problem's own limit if None.
         rows: per drawn batch.
@@ -111,23 +113,11 @@ def audit(
         The figures, with what the algorithm declares in these circumstances.
 
     Raises:
-        ValueError: if the problem is unknown, or has too many batches to weight them all (then ask for `samples`).
+        UsageError: if the problem is unknown, or the algorithm does not go with it.
+        ValueError: if it has too many batches to weight them all (then ask for `samples`).
     """
-    named = problem(on) if isinstance(on, str) else on
-    given = circumstances or Circumstances()
-    given = replace(given, limit=named.limit if given.limit is None else given.limit)
-    setting = FiniteSetting.build(
-        named,
-        gamma=algorithm.gamma,
-        unit=unit_of(algorithm),
-        critic=given.critic,
-        behaviour=given.behaviour,
-        limit=given.limit,
-        rows=rows,
-        row_steps=max(row_steps, math.ceil(algorithm.passes.minibatches / rows)),
-        seed=seed,
-    )
     target = algorithm.target
+    setting, given = _setting(algorithm, on, circumstances or Circumstances(), rows, row_steps, seed)
     declared, reason = declaration(target, given)
     if samples is None and target.batchwise:
         samples = DEFAULT_SAMPLES
@@ -142,3 +132,40 @@ def audit(
         samples=samples,
         seed=seed,
     )
+
+
+def _setting(
+    algorithm: Algorithm,
+    on: str | NamedProblem | TokenMDP,
+    given: Circumstances,
+    rows: int,
+    row_steps: int,
+    seed: int,
+) -> tuple[FiniteSetting | TokenSetting, Circumstances]:
+    """The setting, and the circumstances with the problem's own time limit."""
+    if isinstance(on, TokenMDP) or on in TOKEN_PROBLEMS:
+        if algorithm.gamma != 1.0:
+            raise UsageError(f"completions have no discount: set gamma to 1 (it is {algorithm.gamma})")
+        if given.limit is not None:
+            raise UsageError("a completion problem has its own length limit, which is part of the task: leave limit out")
+        stale = given.behaviour == "stale"
+        setting = TokenSetting.build(on, size=1, critic=given.critic, stale=stale, rows=rows, seed=seed)
+        return setting, replace(given, limit_in_task=True, unit="episodes")
+    if isinstance(on, str) and on not in PROBLEMS:
+        raise UsageError(f"there is no problem {on!r}; there are: {', '.join((*PROBLEMS, *TOKEN_PROBLEMS))}")
+    named = problem(on) if isinstance(on, str) else on
+    if named.mdp.kind == "continuing":
+        raise UsageError(f"{named.name} goes on without end, and this algorithm follows no average reward")
+    given = replace(given, limit=named.limit if given.limit is None else given.limit)
+    finite = FiniteSetting.build(
+        named,
+        gamma=algorithm.gamma,
+        unit=given.unit or unit_of(algorithm),
+        critic=given.critic,
+        behaviour=given.behaviour,
+        limit=given.limit,
+        rows=rows,
+        row_steps=row_steps,
+        seed=seed,
+    )
+    return finite, given

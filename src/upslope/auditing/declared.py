@@ -11,8 +11,9 @@ from upslope.auditing.setting import Behaviour, Critic, FiniteSetting, Unit
 
 _BROKEN: dict[Condition, str] = {
     "exact_critic": "the critic is wrong",
-    "exact_critic_at_limit": "the critic is wrong where a time limit cuts episodes",
+    "exact_critic_at_limit": "the critic is wrong where a limit cuts trajectories",
     "on_policy": "another policy acted",
+    "fixed_steps": "whole trajectories of unequal length are averaged by step: a ratio, whose bias falls with their number",
     "no_time_limit": "a time limit cuts episodes, and what would follow counts as 0",
 }
 
@@ -25,26 +26,34 @@ class Circumstances:
         critic: what the critic knows.
         behaviour: who acted.
         limit: time limit of the environment in steps, or None.
+        limit_in_task: whether a limit is part of the task, as the length limit of a completion is.
+        unit: what rows are; what the algorithm learns from if None.
     """
 
     critic: Critic = "exact"
     behaviour: Behaviour = "on_policy"
     limit: int | None = None
+    limit_in_task: bool = False
+    unit: Unit | None = None
 
     def meet(self, condition: Condition) -> bool:
         """Whether the condition holds."""
         if condition == "exact_critic":
             return self.critic == "exact"
         if condition == "exact_critic_at_limit":
-            return self.critic == "exact" or self.limit is None
+            return self.critic == "exact" or (self.limit is None and not self.limit_in_task)
         if condition == "on_policy":
             return self.behaviour == "on_policy"
+        if condition == "fixed_steps":
+            return self.unit != "episodes"
         return self.limit is None
 
     def __str__(self) -> str:
         """In words."""
         words = [f"{self.critic} critic", "on-policy" if self.behaviour == "on_policy" else "another policy acted"]
-        return ", ".join(words + ([f"time limit {self.limit}"] if self.limit is not None else []))
+        words += [f"time limit {self.limit}"] if self.limit is not None else []
+        words += [f"in {self.unit}"] if self.unit is not None else []
+        return ", ".join(words)
 
 
 def declaration(target: Target, circumstances: Circumstances) -> tuple[Literal["unbiased", "biased"], str]:
@@ -81,6 +90,8 @@ def put_to_the_test(target: Target, *, limit: int) -> Iterator[Circumstances]:
             yield Circumstances(critic="perturbed")
         elif condition == "on_policy":
             yield Circumstances(critic=needed, behaviour="stale")
+        elif condition == "fixed_steps":
+            yield Circumstances(critic=needed, unit="episodes")
         else:
             yield Circumstances(critic="perturbed", limit=limit)
 

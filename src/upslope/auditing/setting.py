@@ -19,6 +19,7 @@ from upslope.exact import (
     StatePolicy,
     enumerate_episodes,
     enumerate_fragments,
+    observed_value,
     policy_gradient,
     solve,
     state_time_occupancy,
@@ -131,10 +132,10 @@ class FiniteSetting:
         mdp = replace(problem.mdp, gamma=gamma)
         policy = problem.policy(seed)
         with torch.no_grad():
-            policy.value.copy_(solve(mdp, policy).value)
+            policy.value.copy_(observed_value(mdp, solve(mdp, policy)))
             if critic == "perturbed":
                 size = 0.5 * (policy.value.std() + 0.1)
-                policy.value.add_(size * torch.cos(1.0 + 3.0 * torch.arange(mdp.states, dtype=torch.float64)))
+                policy.value.add_(size * torch.cos(1.0 + 3.0 * torch.arange(len(policy.value), dtype=torch.float64)))
         acting = policy
         if behaviour == "stale":
             acting = copy.deepcopy(policy)

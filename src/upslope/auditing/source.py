@@ -50,10 +50,7 @@ class Recorder:
     def step(self, learning_rate: float) -> float:
         """Keep minus the gradient; returns its norm."""
         ascent = torch.cat(
-            [
-                torch.zeros(p.numel(), dtype=p.dtype) if p.grad is None else -p.grad.reshape(-1)
-                for p in self.parameters
-            ]
+            [torch.zeros(p.numel(), dtype=p.dtype) if p.grad is None else -p.grad.reshape(-1) for p in self.parameters]
         )
         self.ascents.append(ascent)
         return float(ascent.norm())

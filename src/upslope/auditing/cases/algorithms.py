@@ -40,6 +40,14 @@ def variants() -> Iterator[tuple[str, Algorithm]]:
     yield "value clip", replace(_ONE_PASS, value_clip=0.2)
 
 
+def _on_completions() -> Iterator[tuple[str, Algorithm]]:
+    """Algorithms as they learn from completions: one sequence a row, no discount."""
+    for psi in get_args(Psi):
+        yield psi, Reinforce(gamma=1.0, psi=psi, gae_lambda=0.5)
+    yield "one completion a batch", A2C(gamma=1.0, gae_lambda=0.5)
+    yield "one completion a batch", replace(_ONE_PASS, gamma=1.0)
+
+
 def altered() -> Iterator[tuple[str, Algorithm]]:
     """Settings that the algorithms themselves declare to bias the gradient."""
     yield "standardised Psi", Reinforce(gamma=_GAMMA, normalize_advantage=True)
@@ -58,12 +66,17 @@ def cases() -> Iterator[Case]:
             yield _case(words, algorithm, "six-state", circumstances)
         yield _case(f"{words}, sampled", algorithm, "six-state", Circumstances(), samples=_SAMPLES)
     for words, algorithm in altered():
-        yield _case(words, algorithm, "six-state", Circumstances())
+        samples = _SAMPLES if algorithm.target.batchwise else None
+        yield _case(words, algorithm, "six-state", Circumstances(), samples=samples)
     whole = PPO(gamma=_GAMMA, normalize_advantage=False)
     yield _case("4 passes of 4 minibatches", whole, "six-state", Circumstances(), samples=_SAMPLES)
     for name in ("two-state", "noisy-rewards", "bandit"):
         for algorithm in (Reinforce(gamma=_GAMMA), A2C(gamma=_GAMMA), _ONE_PASS):
             yield _case("as it comes", algorithm, name, Circumstances())
+    for words, algorithm in _on_completions():
+        for circumstances in put_to_the_test(algorithm.target, limit=_LIMIT):
+            if circumstances.limit is None and circumstances.unit is None:
+                yield _case(words, algorithm, "tokens", circumstances)
     yield _case("reward_to_go", Reinforce(gamma=_GAMMA), "time-limit", Circumstances())
     yield _case("bootstrapped at the limit", Reinforce(gamma=_GAMMA, psi="baselined"), "time-limit", Circumstances())
 

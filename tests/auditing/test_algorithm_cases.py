@@ -1,0 +1,89 @@
+"""Every algorithm against its own declaration, and a check that the audit can tell."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from upslope.algorithms import A2C, PPO, OneStepActorCritic, Reinforce, Target
+from upslope.auditing import Circumstances, audit
+from upslope.auditing.cases.algorithms import altered, cases, variants
+from upslope.auditing.declared import declaration, put_to_the_test
+from upslope.exact import FiniteMDP, NamedProblem, TabularPolicy
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: f"{case.subject}-{case.setting}")
+def test_as_declared(case):
+    report = case.run()
+    assert report.declared is not None
+    assert report.as_declared, str(report)
+
+
+def test_both_kinds_of_declaration_are_put_to_the_test_for_each_algorithm():
+    for _, algorithm in variants():
+        declared = {declaration(algorithm.target, given)[0] for given in put_to_the_test(algorithm.target, limit=2)}
+        assert declared == {"unbiased", "biased"}
+    assert {type(algorithm) for _, algorithm in variants()} == {Reinforce, OneStepActorCritic, A2C, PPO}
+    assert {type(algorithm) for _, algorithm in altered()} == {Reinforce, OneStepActorCritic, A2C, PPO}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overstated(A2C):
+    """Claims to be right with any critic."""
+
+    @property
+    def target(self) -> Target:
+        return replace(A2C().target, requires=("on_policy",))
+
+
+def test_an_overstated_declaration_is_caught():
+    report = audit(Overstated(gamma=0.8), circumstances=Circumstances(critic="perturbed"), row_steps=2)
+    assert report.declared == "unbiased"
+    assert report.verdict == "biased"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Understated(A2C):
+    """Claims to be wrong where it is right."""
+
+    @property
+    def target(self) -> Target:
+        return replace(A2C().target, biased_by=("nothing in truth",))
+
+
+def test_an_understated_declaration_is_caught():
+    report = audit(Understated(gamma=0.8), row_steps=2)
+    assert report.declared == "biased"
+    assert report.verdict == "unbiased"
+    assert not report.as_declared
+
+
+def test_variance_of_one_row_agrees_between_weighting_and_sampling():
+    exact, drawn = audit(Reinforce(gamma=0.8)), audit(Reinforce(gamma=0.8), samples=20_000)
+    assert drawn.variance_per_trajectory == pytest.approx(exact.variance_per_trajectory, rel=0.15)
+    assert drawn.trajectories == 32
+    assert exact.trajectories == 1
+
+
+def test_a_problem_of_ones_own():
+    """One state, two actions that pay 1 and 0: grad J = pi_0 pi_1 (1, -1)."""
+    mdp = FiniteMDP.from_tables(
+        transition=[[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]],
+        reward=[[1.0, 0.0], [0.0, 0.0]],
+        start=[1.0, 0.0],
+        terminal=[False, True],
+    )
+    preferences = torch.tensor([[0.3, -0.1], [0.0, 0.0]])
+    named = NamedProblem(
+        name="coin", summary="", mdp=mdp, limit=None, policy=lambda seed: TabularPolicy(2, 2, preferences)
+    )
+    report = audit(Reinforce(gamma=1.0), named)
+    left = float(torch.sigmoid(torch.tensor(0.4, dtype=torch.float64)))
+    slope = left * (1 - left)
+    torch.testing.assert_close(report.target, torch.tensor([slope, -slope, 0.0, 0.0], dtype=torch.float64), atol=1e-7, rtol=0)
+    assert report.verdict == "unbiased"
+
+
+def test_too_many_rows_to_weight_ask_for_samples():
+    with pytest.raises(ValueError, match="samples"):
+        audit(Reinforce(gamma=0.9), "loops")

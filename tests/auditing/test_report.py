@@ -1,0 +1,80 @@
+"""What figures are made of an audit, and what they are taken to mean."""
+
+import math
+
+import pytest
+import torch
+
+from upslope.auditing import AuditReport, Moments
+
+
+def report(mean: list[float], target: list[float], **given) -> AuditReport:
+    values = {"variance": 8.0, **{name: given.pop(name) for name in ("covariance_of_mean", "draws") if name in given}}
+    return AuditReport(
+        subject="it",
+        problem="here",
+        target_name="g",
+        target=torch.tensor(target, dtype=torch.float64),
+        moments=Moments(mean=torch.tensor(mean, dtype=torch.float64), **values),
+        **given,
+    )
+
+
+def test_figures_by_hand():
+    found = report([3.0, 5.0], [3.0, 4.0], trajectories=2.0, steps=10.0)
+    assert found.relative_bias == pytest.approx(0.2)
+    assert found.interval == pytest.approx((0.2, 0.2))
+    assert found.cosine == pytest.approx(29 / (5 * math.sqrt(34)))
+    assert found.variance_per_trajectory == pytest.approx(8 * 2 / 25)
+    assert found.variance_per_step == pytest.approx(8 * 10 / 25)
+    assert found.mean_squared_error == pytest.approx(8 / 25 + 0.04)
+    assert found.signal_to_noise == pytest.approx(34 / 16)
+    assert found.trajectories_needed(0.1) == pytest.approx(64.0)
+    assert found.z is None
+    assert found.p_value is None
+    assert found.verdict == "biased"
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"), [(0.0, "unbiased"), (1e-11, "unbiased"), (1e-6, "undecided"), (1e-2, "biased")]
+)
+def test_exact_verdicts(error, verdict):
+    assert report([3.0, 4.0 + error], [3.0, 4.0]).verdict == verdict
+
+
+def test_p_value_of_one_direction_is_that_of_a_normal_variable():
+    """Bias of 1.96 standard errors in the only direction that varies: p = 0.05 for many draws."""
+    covariance = torch.tensor([[0.25, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    found = report([3.0 + 0.5 * 1.96, 4.0], [3.0, 4.0], covariance_of_mean=covariance, draws=10**7)
+    assert found.p_value == pytest.approx(0.05, abs=1e-3)
+    assert found.z == pytest.approx(1.96, abs=1e-2)
+    assert found.verdict == "unbiased"
+
+
+def test_p_values_are_uniform_where_there_is_no_bias():
+    """Share of p below 0.1 over 2,000 audits of an unbiased mean in three correlated directions."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.tensor([[1.0, 0.0, 0.0], [0.7, 0.5, 0.0], [0.2, -0.3, 2.0]], dtype=torch.float64)
+    low = 0
+    for _ in range(2_000):
+        blocks = torch.randn(60, 3, generator=generator, dtype=torch.float64) @ mix.T
+        covariance = blocks.T.cov() / 60
+        mean = [float(entry) for entry in 1.0 + blocks.mean(0)]
+        p = report(mean, [1.0, 1.0, 1.0], covariance_of_mean=covariance, draws=60).p_value
+        assert p is not None
+        low += p < 0.1
+    assert 150 < low < 250
+
+
+def test_a_gross_bias_in_samples_is_seen_and_held_against_the_declaration():
+    covariance = 1e-4 * torch.eye(2, dtype=torch.float64)
+    found = report([3.5, 4.0], [3.0, 4.0], covariance_of_mean=covariance, draws=200, declared="unbiased")
+    assert found.verdict == "biased"
+    assert not found.as_declared
+    assert "declared unbiased" in str(found)
+
+
+def test_a_declared_bias_that_does_not_show_is_not_as_declared():
+    assert not report([3.0, 4.0], [3.0, 4.0], declared="biased").as_declared
+    assert report([3.0, 4.0], [3.0, 4.0], declared="unbiased").as_declared
+    assert report([3.0, 4.0], [3.0, 4.0]).as_declared
