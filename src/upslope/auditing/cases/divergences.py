@@ -117,7 +117,7 @@ def _other_logits() -> Tensor:
 
 
 class _Sampled:
-    """All that can be drawn: log pi with gradient, log ref, both [R, 1], and its probability; by action, or completion."""
+    """All that can be drawn: log pi with gradient and log ref, [R, 1], how likely each is; actions or completions."""
 
     def __init__(self, on: str) -> None:
         if on == _CHOICE:
