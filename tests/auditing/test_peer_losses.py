@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import runpy
 from functools import cache
@@ -265,8 +266,20 @@ def test_the_example_prints_its_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert "| `k1_in_loss` | | 0 | | follows nothing" in printed
 
 
+def test_the_page_shows_what_is_found() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "auditing-your-loss.md").read_text()
+    for section in PEERS["SECTIONS"]:
+        for loss in section.losses:
+            if section.samples is None:
+                found = audited(loss.__name__, section.setting.__name__)
+                assert PEERS["row"](loss.__name__, found, section.intended) in page.splitlines()
+            else:
+                assert f"| `{loss.__name__}` |" in page
+
+
 def test_every_loss_is_documented_and_short() -> None:
     losses = {loss for section in PEERS["SECTIONS"] for loss in section.losses}
     assert len(losses) >= 28
     for loss in losses:
         assert loss.__doc__, loss.__name__
+        assert len(inspect.getsource(loss).splitlines()) <= 14, loss.__name__
