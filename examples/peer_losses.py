@@ -354,8 +354,8 @@ def row(name: str, audit: LossAudit, intended: str) -> str:
     if audit.following.kind == "nothing":
         return f"| `{name}` | | 0 | | {says} |"
     cosine = min(abs(beside.cosine), 1.0)
-    bias = math.sqrt(1.0 - cosine**2) / cosine
-    return f"| `{name}` | {beside.cosine:.4f} | {beside.factor:.3f} | {bias:.1%} | {says} |"
+    bias = "downhill" if beside.cosine < 0.0 else f"{math.sqrt(1.0 - cosine**2) / cosine:.1%}"
+    return f"| `{name}` | {beside.cosine:.4f} | {beside.factor:.3f} | {bias} | {says} |"
 
 
 def main(settings: Settings) -> dict[tuple[str, str], LossAudit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -114,6 +115,14 @@ def test_the_score_times_the_return_follows_grad_j_on_named_problems(name: str) 
     assert found.report.verdict != "biased"
     assert str(found).splitlines()[0] == "score: unbiased for grad J"
     assert str(found).splitlines()[-1].split()[0] == "grad" if "token" in name else True
+
+
+def test_a_tree_for_machines() -> None:
+    found = audit_loss(score, "two-state", gamma=0.9).tree()
+    assert found["follows"] == "unbiased for grad J"
+    assert found["kind"] == "unbiased"
+    assert found["subject"] == "score"
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_samples_and_weighting_agree() -> None:

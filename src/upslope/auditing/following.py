@@ -117,6 +117,12 @@ class LossAudit:
     following: Following
     report: AuditReport
 
+    def tree(self) -> dict[str, object]:
+        """For machines: what it follows, beside each single gradient, and the report's figures."""
+        beside = {found.name: {"cosine": found.cosine, "factor": found.factor} for found in self.following.comparisons}
+        words = {"follows": str(self.following), "kind": self.following.kind, "downhill": self.following.downhill}
+        return {**words, "beside": beside, **self.report.tree()}
+
     def __str__(self) -> str:
         """What it follows, the report, and the angle to each single gradient."""
         width = max(len(found.name) for found in self.following.comparisons)
