@@ -213,6 +213,7 @@ def test_the_adaptive_penalty_turns_back_what_it_did(target: float, beta: float)
     assert adapted_coefficient(beta, 1.51 * target, target=target) == 2 * beta
     assert adapted_coefficient(beta, 0.66 * target, target=target) == beta / 2
     assert adapted_coefficient(2 * beta, 0.0, target=target) == beta
+    assert adapted_coefficient(beta, target / 1.5, target=target) == beta
     for inside in (0.67, 1.0, 1.49, 1.5):
         assert adapted_coefficient(beta, inside * target, target=target) == beta
 
