@@ -43,7 +43,7 @@ def six_state_ppo() -> Run:
         algorithm=PPO(gamma=0.8, epochs=4, minibatches=4),
         rollout=RolloutConfig(steps=16),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="linear"),
-        steps=200_000,
+        steps=100_000,
     )
 
 
