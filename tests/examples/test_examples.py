@@ -14,6 +14,8 @@ from upslope import cli
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BY_HAND = ("ppo_cartpole", "reinforce_estimators")
+CATALOGUE = EXAMPLES / "peer_losses.py"
+"""A list of losses, each of them short: `tests/auditing/test_peer_losses.py` sees to that."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -66,6 +68,6 @@ def test_examples_by_hand_use_mathematics_and_policies_alone(name: str) -> None:
     assert rooms <= {"estimators", "policies", "spaces", "trajectory"}
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted({*EXAMPLES.glob("*.py")} - {CATALOGUE}), ids=lambda path: path.stem)
 def test_examples_stay_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 150
