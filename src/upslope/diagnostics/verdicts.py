@@ -177,6 +177,7 @@ RULES: tuple[Rule, ...] = (
         wrong=lambda value: value > 0.05,
         text="the policy jumps: each update moves it by a KL of {value:.2g}, where 0.001 to 0.05 is usual; lower the "
         "learning rate or the number of epochs, or set target_kl",
+        most=0.5,
     ),
     Rule(
         name="dead gradient",
@@ -202,6 +203,7 @@ RULES: tuple[Rule, ...] = (
         text="the critic explains nothing: explained variance {value:.2f}; raise the learning rate or "
         "value_coefficient, normalise rewards, or train without a critic",
         only_if=lambda watch: watch.returns_vary and watch.latest("progress") > 0.2,
+        enough=8,
     ),
     Rule(
         name="exploration over",

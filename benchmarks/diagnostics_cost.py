@@ -1,0 +1,90 @@
+"""What live diagnostics cost: the same run with and without them, alternately, in CPU seconds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+CASES = {
+    "cartpole-ppo": 20_000,
+    "cartpole-a2c": 60_000,
+    "cartpole-actor-critic": 30_000,
+    "cartpole-reinforce": 60_000,
+    "halfcheetah-ppo": 12_288,
+}
+"""Recipes and the steps of one run."""
+
+
+def one(recipe: str, steps: int, every: int, seed: int) -> dict[str, float]:
+    """Train once in this process; CPU seconds of the loop without evaluation."""
+    from upslope.recipes import load_recipe
+    from upslope.train import train
+
+    run = load_recipe(recipe)
+    with tempfile.TemporaryDirectory() as directory:
+        run = replace(
+            run,
+            steps=steps,
+            seed=seed,
+            directory=Path(directory),
+            log=replace(run.log, diagnose_every=every, tensorboard=False, progress=False),
+            evaluation=replace(run.evaluation, times=0, final_episodes=0),
+            checkpoint=replace(run.checkpoint, times=0),
+        )
+        start = time.process_time()
+        train(run)
+        return {"seconds": time.process_time() - start}
+
+
+def measure(recipe: str, steps: int, every: int, seed: int, core: int) -> float:
+    """The same in a fresh process on one core with one thread."""
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", recipe, str(steps), str(every), str(seed)],
+        env={**os.environ, **single},
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", nargs=4, metavar=("RECIPE", "STEPS", "EVERY", "SEED"), help="a single run")
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--pairs", type=int, default=7, help="runs of each kind per case")
+    parser.add_argument("--every", type=int, default=1000, help="log.diagnose_every of the runs with diagnostics")
+    parser.add_argument("--core", type=int, default=0, help="which core to pin every run to")
+    options = parser.parse_args()
+    if options.one:
+        recipe, *numbers = options.one
+        print(json.dumps(one(recipe, *map(int, numbers))))
+        return
+    print("| recipe | steps | without, CPU s | with | cost, median of pairs (range) |\n|---|---|---|---|---|")
+    for recipe in options.cases:
+        steps, pairs = CASES[recipe], []
+        for pair in range(options.pairs):
+            order = (0, options.every) if pair % 2 == 0 else (options.every, 0)
+            taken = {every: measure(recipe, steps, every, 1, options.core) for every in order}
+            pairs.append((taken[0], taken[options.every]))
+        costs = [after / before - 1 for before, after in pairs]
+        before, after = (statistics.median(values) for values in zip(*pairs, strict=True))
+        print(
+            f"| {recipe} | {steps:,} | {before:.2f} | {after:.2f} | {statistics.median(costs):+.1%} "
+            f"({min(costs):+.1%} to {max(costs):+.1%}) |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Runs broken on purpose get their verdict, and healthy ones get none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from tiny_runs import bits, tiny
+from torch import Tensor, nn
+
+from upslope import (
+    A2C,
+    PPO,
+    ActorCriticConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    LogConfig,
+    OptimizerConfig,
+    Reinforce,
+    RolloutConfig,
+    Run,
+)
+from upslope.diagnostics import Meter, verdicts
+from upslope.recipes import cartpole_ppo
+from upslope.train import train
+from upslope.train.checkpoint import latest_checkpoint
+from upslope.train.log import Value, read_metrics
+
+HEALTHY = PPO(gamma=0.9, gae_lambda=0.8, epochs=10, minibatches=2)
+
+
+def each_update(directory: Path, **changes: Any) -> Run:
+    """PPO on two CartPoles, every one of 24 updates looked at and recorded."""
+    settings: dict[str, Any] = {
+        "algorithm": HEALTHY,
+        "rollout": RolloutConfig(steps=64),
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+        "log": LogConfig(every_steps=1, diagnose_every=1, tensorboard=False, progress=False),
+        "evaluation": EvaluationConfig(times=0, final_episodes=0),
+        "checkpoint": CheckpointConfig(times=0),
+        "steps": 24 * 128,
+    }
+    return tiny(directory, **{**settings, **changes})
+
+
+def records_of(run: Run, **given: Any) -> list[dict[str, Value]]:
+    train(run, **given)
+    return [record for record in read_metrics(run.directory / "run" / "metrics.jsonl") if record["kind"] == "train"]
+
+
+def names(records: list[dict[str, Value]]) -> set[str]:
+    return {verdict.name for verdict in verdicts(records)}
+
+
+def test_a_healthy_run_is_not_warned_of(tmp_path: Path) -> None:
+    records = records_of(each_update(tmp_path))
+    assert not any("verdict" in record for record in records)
+
+
+def test_the_recipe_of_cartpole_is_not_warned_of(tmp_path: Path) -> None:
+    quiet = LogConfig(every_steps=1000, tensorboard=False, progress=False)
+    run = replace(cartpole_ppo(), steps=16_000, directory=tmp_path, name="run", log=quiet)
+    records = records_of(replace(run, evaluation=EvaluationConfig(times=0, final_episodes=0)))
+    assert len(records) >= 12
+    assert not any("verdict" in record for record in records)
+    assert float(records[-1]["episode_return"]) > 60.0
+
+
+def test_a_critic_that_does_not_learn(tmp_path: Path) -> None:
+    records = records_of(each_update(tmp_path, algorithm=replace(HEALTHY, value_coefficient=0.0)))
+    assert names(records) == {"critic explains nothing"}
+    assert str(records[-1]["verdict"]).startswith("the critic explains nothing: explained variance ")
+
+
+def test_steps_that_are_far_too_long(tmp_path: Path) -> None:
+    algorithm = replace(HEALTHY, minibatches=8)
+    records = records_of(each_update(tmp_path, algorithm=algorithm, optimizer=OptimizerConfig(learning_rate=0.1)))
+    assert "policy jumps" in names(records) <= {"policy jumps", "dead gradient", "few steps count"}
+    assert "the policy jumps: each update moves it by a KL of " in str(records[-1]["verdict"])
+
+
+def test_a_policy_that_is_decided_at_once(tmp_path: Path) -> None:
+    records = records_of(each_update(tmp_path, optimizer=OptimizerConfig(learning_rate=1.0)))
+    assert names(records) == {"exploration over"}
+
+
+def test_a_clip_that_leaves_no_gradient(tmp_path: Path) -> None:
+    records = records_of(each_update(tmp_path, algorithm=replace(HEALTHY, clip=1e-5)))
+    assert "dead gradient" in names(records)
+    assert "% of the batch has no gradient" in str(records[-1]["verdict"])
+    assert "policy jumps" not in names(records)
+
+
+class Wavering(nn.Module):
+    """An encoder with noise in it, so that what learns is not what acted."""
+
+    features = 4
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return observation + torch.randn_like(observation)
+
+
+def test_a_network_with_noise_in_it(tmp_path: Path) -> None:
+    records = records_of(each_update(tmp_path, policy=ActorCriticConfig(hidden=(16,))), encoder=Wavering())
+    assert "ratio not 1" in names(records)
+    assert "acting and learning disagree" in str(records[-1]["verdict"])
+
+
+class Endless(gymnasium.Env[Any, Any]):
+    """Never ends, always pays the same."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._observation(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self._observation(), self._reward(action), False, False, {}
+
+    def _observation(self) -> np.ndarray:
+        return self.np_random.uniform(-1.0, 1.0, 2).astype(np.float32)
+
+    def _reward(self, action: int) -> float:
+        return 1.0
+
+
+class Lottery(Endless):
+    """Pays by chance; what one does hardly matters."""
+
+    def _reward(self, action: int) -> float:
+        return float(self.np_random.normal()) + 1e-3 * action
+
+
+def test_a_reward_that_never_changes(tmp_path: Path) -> None:
+    records = records_of(each_update(tmp_path), environments=Endless)
+    assert names(records) == {"nothing to learn"}
+
+
+def test_a_batch_too_small_for_the_noise(tmp_path: Path) -> None:
+    episodes = RolloutConfig(steps=None, episodes=4)
+    policy = ActorCriticConfig(hidden=(16,), critic=False)
+    run = each_update(tmp_path, rollout=episodes, steps=4000, policy=policy, algorithm=Reinforce(gamma=0.9))
+    run = replace(run, environment=replace(run.environment, time_limit=10))
+    records = records_of(run, environments=Lottery)
+    found = verdicts(records)
+    assert [(verdict.level, verdict.name) for verdict in found] == [("hint", "batch too small")]
+    assert "verdict" not in records[-1]
+
+
+def test_figures_of_a_run_with_one_step_per_update(tmp_path: Path) -> None:
+    records = records_of(each_update(tmp_path, algorithm=A2C(), steps=6 * 128))
+    assert "gradient_snr" not in records[0]
+    assert {"gradient_snr", "noise_scale", "dead_gradient_share", "entropy_share", "variance/psi"} <= records[-1].keys()
+    assert not {"clip_share_positive", "effective_sample_size"} & records[-1].keys()
+    assert all(record["first_ratio_error"] == 0.0 for record in records)
+    first = records[0]
+    assert first["variance/baselined"] == pytest.approx(first["variance/psi"])
+
+
+def test_looking_changes_nothing_that_is_learnt(tmp_path: Path) -> None:
+    policies = {}
+    for every in (0, 1, 300):
+        run = each_update(tmp_path / str(every), steps=6 * 128)
+        run = replace(run, log=replace(run.log, diagnose_every=every))
+        records = records_of(run)
+        assert sum("gradient_snr" in record for record in records) == {0: 0, 1: 6, 300: 2}[every]
+        found = latest_checkpoint(run.directory / "run" / "checkpoints", on_damaged=lambda *_: None)
+        assert found is not None
+        policies[every] = bits(found.state["session"]["policy"])
+    assert policies[0] == policies[1] == policies[300]
+
+
+def test_a_meter_goes_on_from_its_state() -> None:
+    gradient = torch.randn(5)
+    meter, other = Meter(gradient), Meter(gradient)
+    tree = meter.state()
+    other.load_state(tree)
+    assert bits(other.state()) == bits(tree)
