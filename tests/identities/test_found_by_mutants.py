@@ -1,0 +1,226 @@
+"""What slips made on purpose showed to be untested: each algorithm's whole update, critic and entropy too, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from identity_strategies import PROPERTY, SEEDS, close, normal
+from torch import Tensor
+
+from upslope.algorithms import A2C, PPO, Algorithm, Now, OneStepActorCritic, Reinforce
+from upslope.exact import TabularPolicy
+from upslope.train.step import learn
+from upslope.trajectory import Trajectory
+
+STATES, ACTIONS, ROWS, STEPS, GAMMA, RATE = 5, 3, 3, 6, 0.9, 0.5
+EPSILON = 1e-8
+COMMON = {"gamma": GAMMA, "value_coefficient": 0.3, "entropy_coefficient": 0.07}
+CLIPPED = PPO(**COMMON, epochs=2, minibatches=1, normalize_advantage=False, gae_lambda=0.8)
+ALGORITHMS: dict[str, Algorithm] = {
+    "total reward": Reinforce(**COMMON, psi="total_reward"),
+    "total reward, gamma^t asked for": Reinforce(**COMMON, psi="total_reward", discounted_states=True),
+    "reward to go, standardised": Reinforce(**COMMON, normalize_advantage=True),
+    "baselined": Reinforce(**COMMON, psi="baselined", discounted_states=True),
+    "action value": Reinforce(**COMMON, psi="action_value", gae_lambda=0.6),
+    "advantage": Reinforce(**COMMON, psi="advantage", gae_lambda=0.6, discounted_states=True),
+    "td residual": Reinforce(**COMMON, psi="td_residual", gae_lambda=0.6),
+    "one step": OneStepActorCritic(**COMMON),
+    "one step, gamma^t kept": OneStepActorCritic(**COMMON, discounted_states=True),
+    "a2c": A2C(**COMMON, gae_lambda=0.8),
+    "a2c, standardised": A2C(**COMMON, gae_lambda=0.8, normalize_advantage=True),
+    "ppo": CLIPPED,
+    "ppo, standardised": replace(CLIPPED, normalize_advantage=True),
+    "ppo, dual clip": replace(CLIPPED, dual_clip=1.2),
+    "ppo, value clip": replace(CLIPPED, value_clip=0.05),
+    "ppo, value clip alone": replace(CLIPPED, value_clip=0.05, value_clip_pessimistic=False),
+    "ppo, penalty": replace(CLIPPED, clip=None, kl_coefficient=0.7),
+    "ppo, clip and penalty": replace(CLIPPED, kl_coefficient=0.7),
+}
+
+
+@dataclass
+class Descent:
+    """Plain gradient descent that keeps every gradient."""
+
+    policy: TabularPolicy
+    micro_batches: int = 1
+    gradients: list[Tensor] = field(default_factory=list[Tensor])
+
+    def zero_gradient(self) -> None:
+        self.policy.zero_grad()
+
+    def step(self, learning_rate: float) -> float:
+        parts = (self.policy.theta, self.policy.value)
+        grads = [torch.zeros_like(part) if part.grad is None else part.grad.clone() for part in parts]
+        self.gradients.append(torch.cat([grad.flatten() for grad in grads]))
+        with torch.no_grad():
+            for part, grad in zip(parts, grads, strict=True):
+                part -= learning_rate * grad
+        return 0.0
+
+
+def table(seed: int) -> TabularPolicy:
+    policy = TabularPolicy(STATES, ACTIONS, normal(seed, STATES, ACTIONS))
+    with torch.no_grad():
+        policy.value.copy_(normal(seed + 1, STATES))
+    return policy
+
+
+def experience(seed: int, policy: TabularPolicy, *, episodes: bool) -> Trajectory:
+    """Rows of one trajectory each, or of several that end in every way; the acting policy is a little older."""
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.randint(STATES, (ROWS, STEPS), generator=generator)
+    action = torch.randint(ACTIONS, (ROWS, STEPS), generator=generator)
+    ended = torch.rand((ROWS, STEPS), generator=generator)
+    if episodes:
+        ended[:, :-1] = 1.0
+    terminated, truncated = ended < 0.2, (ended >= 0.2) & (ended < 0.4)
+    time = torch.zeros((ROWS, STEPS), dtype=torch.int64)
+    for t in range(1, STEPS):
+        time[:, t] = (time[:, t - 1] + 1).masked_fill(terminated[:, t - 1] | truncated[:, t - 1], 0)
+    goes_on = truncated.clone()
+    goes_on[:, -1] |= ~terminated[:, -1]
+    index = goes_on.flatten().nonzero().squeeze(-1)
+    with torch.no_grad():
+        log_prob = policy.log_prob(state, action) + 0.3 * normal(seed + 2, ROWS, STEPS)
+    return Trajectory(
+        observation=state,
+        action=action,
+        reward=normal(seed + 3, ROWS, STEPS),
+        terminated=terminated,
+        truncated=truncated,
+        mask=torch.ones((ROWS, STEPS), dtype=torch.bool),
+        behaviour_log_prob=log_prob,
+        time=time,
+        final_observation=torch.randint(STATES, (len(index),), generator=generator),
+        final_index=index,
+    )
+
+
+def lambda_returns(rows: Trajectory, critic: Tensor, decay: float) -> Tensor:
+    """r + gamma * what follows: nothing after an end, the critic at a cut, its mixture with the next return within."""
+    final = dict(zip(rows.final_index.tolist(), rows.final_observation.tolist(), strict=True))
+    found = torch.zeros(ROWS, STEPS, dtype=torch.float64)
+    for b in range(ROWS):
+        for t in reversed(range(STEPS)):
+            if rows.terminated[b, t]:
+                following = torch.tensor(0.0, dtype=torch.float64)
+            elif b * STEPS + t in final:
+                following = critic[final[b * STEPS + t]]
+            else:
+                following = (1 - decay) * critic[rows.observation[b, t + 1]] + decay * found[b, t + 1]
+            found[b, t] = rows.reward[b, t] + GAMMA * following
+    return found
+
+
+def psi_and_target(algorithm: Algorithm, rows: Trajectory, critic: Tensor) -> tuple[Tensor, Tensor | None]:
+    value, kept, target = critic[rows.observation], GAMMA ** rows.time.double(), None
+    if isinstance(algorithm, A2C | PPO):
+        target = lambda_returns(rows, critic, algorithm.gae_lambda)
+        return target - value, target
+    if isinstance(algorithm, OneStepActorCritic):
+        target = lambda_returns(rows, critic, 0.0)
+        return (target - value) * (kept if algorithm.discounted_states else 1.0), target
+    assert isinstance(algorithm, Reinforce)
+    if algorithm.psi == "total_reward":
+        return (kept * rows.reward).sum(-1, keepdim=True).expand(ROWS, STEPS), None
+    if algorithm.psi == "reward_to_go":
+        psi = lambda_returns(rows, torch.zeros_like(critic), 1.0)
+    else:
+        target = lambda_returns(rows, critic, 1.0 if algorithm.psi == "baselined" else algorithm.gae_lambda)
+        psi = lambda_returns(rows, critic, 0.0) if algorithm.psi == "td_residual" else target
+        psi = psi if algorithm.psi == "action_value" else psi - value
+    return psi * (kept if algorithm.discounted_states else 1.0), target
+
+
+def surrogate(algorithm: PPO, log_ratio: Tensor, psi: Tensor, penalty: Tensor) -> Tensor:
+    """min(rho A, clipped rho A) case by case, at least c A where A < 0, less beta KL(old || new)."""
+    objective = log_ratio.exp() * psi
+    if algorithm.clip is not None:
+        beyond = torch.where(psi > 0, log_ratio.exp() > 1 + algorithm.clip, log_ratio.exp() < 1 - algorithm.clip)
+        objective = torch.where(beyond, psi * torch.where(psi > 0, 1 + algorithm.clip, 1 - algorithm.clip), objective)
+    if algorithm.dual_clip is not None:
+        floor = algorithm.dual_clip * psi
+        objective = torch.where((psi < 0) & (objective < floor), floor, objective)
+    return objective - algorithm.kl_coefficient * penalty
+
+
+def squared_error(algorithm: Algorithm, value: Tensor, old: Tensor, target: Tensor) -> Tensor:
+    error = (value - target) ** 2 / 2
+    if not isinstance(algorithm, PPO) or algorithm.value_clip is None:
+        return error
+    moved = value - old
+    bounded = old + torch.where(moved.abs() > algorithm.value_clip, algorithm.value_clip * moved.sign(), moved)
+    clipped = (bounded - target) ** 2 / 2
+    return torch.where(clipped > error, clipped, error) if algorithm.value_clip_pessimistic else clipped
+
+
+def by_hand(algorithm: Algorithm, rows: Trajectory, start: TabularPolicy, now: TabularPolicy) -> Tensor:
+    """The loss of an algorithm whose data was collected, and advantages computed, with `start`."""
+    old = start.theta.detach().log_softmax(-1)[rows.observation]
+    every = now.theta.log_softmax(-1)[rows.observation]
+    log_prob = every.gather(-1, rows.action.unsqueeze(-1)).squeeze(-1)
+    psi, target = psi_and_target(algorithm, rows, start.value.detach())
+    if not isinstance(algorithm, OneStepActorCritic) and algorithm.normalize_advantage:
+        psi = (psi - psi.mean()) / ((((psi - psi.mean()) ** 2).sum() / (psi.numel() - 1)).sqrt() + EPSILON)
+    if isinstance(algorithm, PPO):
+        penalty = (old.exp() * (old - every)).sum(-1)
+        objective = surrogate(algorithm, log_prob - rows.behaviour_log_prob, psi, penalty)
+    else:
+        objective = log_prob * psi
+    loss = -objective - algorithm.entropy_coefficient * -(every.exp() * every).sum(-1)
+    if target is not None:
+        was = start.value.detach()[rows.observation]
+        loss = loss + algorithm.value_coefficient * squared_error(algorithm, now.value[rows.observation], was, target)
+    return loss.sum() / (ROWS if isinstance(algorithm, Reinforce) else ROWS * STEPS)
+
+
+def updated(algorithm: Algorithm, rows: Trajectory, policy: TabularPolicy, rate: float) -> list[Tensor]:
+    descent = Descent(policy)
+    learn(
+        policy,
+        algorithm,
+        descent,
+        rows,
+        now=Now(state=algorithm.initial_state()),
+        learning_rate=rate,
+        generator=np.random.default_rng(0),
+    )
+    return descent.gradients
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+@settings(PROPERTY, max_examples=10)
+@given(SEEDS)
+def test_every_loss_is_its_formula(name: str, seed: int) -> None:
+    """Every gradient of an update, of the actor and the critic, is the formula's at the parameters of that step."""
+    algorithm, start, now = ALGORITHMS[name], table(seed), table(seed)
+    rows = experience(seed, start, episodes=isinstance(algorithm, Reinforce))
+    found = updated(algorithm, rows, table(seed), RATE)
+    assert len(found) == algorithm.passes.epochs
+    for gradient in found:
+        loss = by_hand(algorithm, rows, start, now)
+        parts = torch.autograd.grad(loss, (now.theta, now.value), materialize_grads=True)
+        close(gradient, torch.cat([part.flatten() for part in parts]))
+        with torch.no_grad():
+            for parameter, part in zip((now.theta, now.value), parts, strict=True):
+                parameter -= RATE * part
+
+
+@settings(PROPERTY, max_examples=10)
+@given(SEEDS)
+def test_recomputing_with_the_same_critic_changes_nothing(seed: int) -> None:
+    """Where nothing moves, advantages computed anew are the same, in the same places."""
+    start = table(seed)
+    rows = experience(seed, start, episodes=False)
+    once = replace(CLIPPED, epochs=3, minibatches=2)
+    for one, two in zip(
+        updated(once, rows, table(seed), 0.0),
+        updated(replace(once, recompute_advantage=True), rows, table(seed), 0.0),
+        strict=True,
+    ):
+        close(one, two)

@@ -1,0 +1,10 @@
+"""Slips that somebody could make, and who should see them."""
+
+from __future__ import annotations
+
+from harness import Mutant
+from mutants_algorithms import ALGORITHMS
+from mutants_estimators import ESTIMATORS
+from mutants_objectives import OBJECTIVES
+
+MUTANTS: tuple[Mutant, ...] = (*ESTIMATORS, *OBJECTIVES, *ALGORITHMS)
