@@ -73,6 +73,19 @@ def _generalised() -> Iterator[Case]:
         )
     for lam in (0.0, 0.5, 1.0):
         yield row("gae", f"as A; lambda = {lam:g}, episodes, exact critic", partial(_as_advantage, lam, spaced=False))
+    for given, words in ((False, "no mask"), (True, "with a mask")):
+        yield row(
+            "gae",
+            f"as A; lambda = 0.5, fragments in which time limits fall, {words}, exact critic",
+            partial(_across_limits, given=given),
+        )
+    for spaced in (False, True):
+        between = ", steps that nobody chose in between" if spaced else ""
+        yield row(
+            "gae",
+            f"lambda = 0.5, episodes, perturbed critic{between}, held against what it does follow",
+            partial(_leaning, spaced=spaced),
+        )
     yield row("gae", "as A; lambda = 0.5, steps that nobody chose in between", partial(_as_advantage, 0.5, spaced=True))
     yield row("gae", "lambda = 0.5, A + V: the lambda-return", _plus_value)
 
@@ -167,6 +180,7 @@ def _group_relative() -> Iterator[Case]:
         ),
         biased_by="each batch is divided by its own spread",
     )
+    yield row("group_relative", "scale batch, by hand", _by_hand)
     yield row("group_relative", "totals all 0.1: exactly 0 under every scale", _no_spread)
 
 
@@ -191,7 +205,7 @@ def _left_out() -> Iterator[Case]:
 
 
 def _gae(on: Stage, lam: float) -> Tensor:
-    return gae(on.reward, on.discount, on.value, on.next_value, on.cut, gae_lambda=lam, mask=on.mask)
+    return gae(on.reward, on.discount, on.value, on.next_value, on.cut, gae_lambda=lam, mask=on.mask_if_needed)
 
 
 def _to_go(on: Stage) -> Tensor:
@@ -220,6 +234,23 @@ def _as_advantage(lam: float, *, spaced: bool) -> Found:
     else:
         psi = _gae(on, lam)
     return on.estimate(psi, on.solution.advantage, "A(s,a) of every state and action")
+
+
+def _across_limits(*, given: bool) -> Found:
+    on = stage(unit="fragments", limit=2)
+    mask = on.mask if given else None
+    psi = gae(on.reward, on.discount, on.value, on.next_value, on.cut, gae_lambda=0.5, mask=mask)
+    return on.estimate(psi, on.solution.advantage, "A(s,a) of every state and action")
+
+
+def _leaning(*, spaced: bool) -> Found:
+    on = stage(critic="perturbed")
+    psi = _gae(on, 0.5)
+    if spaced:
+        reward, discount, value, next_value, cut, mask = on.spaced
+        psi = gae(reward, discount, value, next_value, cut, gae_lambda=0.5, mask=mask)[:, ::2]
+    truth = on.leaning(0.5) - on.setting.policy.value.detach().unsqueeze(-1)
+    return on.estimate(psi, truth, "the mean lambda-return less V")
 
 
 def _plus_value() -> Found:
@@ -297,6 +328,14 @@ def _advantage_of_right(right: int, size: int) -> float:
 
 def _advantage_of_wrong(right: int, size: int) -> float:
     return -(right / size) / _spread(right, size)
+
+
+def _by_hand() -> Found:
+    """Totals 1, 3 and 5, 5, 2: centred -1, 1 and 1, 1, -2; of all five the mean is 3.2 and the variance 12.8 / 4."""
+    total, group = torch.tensor([1.0, 3.0, 5.0, 5.0, 2.0], dtype=torch.float64), torch.tensor([4, 4, 9, 9, 9])
+    found = group_relative(total, group, scale="batch", epsilon=0.25)
+    expected = torch.tensor([-1.0, 1.0, 1.0, 1.0, -2.0], dtype=torch.float64) / (3.2**0.5 + 0.25)
+    return identity(found, expected, problem="2 groups, of 2 and 3", target_name="centred / (std + 0.25)")
 
 
 def _no_spread() -> Found:

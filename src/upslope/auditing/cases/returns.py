@@ -79,10 +79,16 @@ def _rewards_to_go() -> Iterator[Case]:
         biased_by="truncation counts as termination: what would have followed is left out",
     )
 
+    yield row(
+        "reward_to_go",
+        f"as q; fragments in which time limits fall, {bootstrapped}, exact critic",
+        lambda: _as_q(_parts(), _bootstrapped(_parts())),
+    )
+
 
 def _total_rewards() -> Iterator[Case]:
     def total(on: Stage) -> Tensor:
-        return total_reward(on.reward, on.discount, on.cut, mask=on.mask)
+        return total_reward(on.reward, on.discount, on.cut, mask=on.mask_if_needed)
 
     yield row("total_reward", "as Psi, no gamma^t", lambda: _as_psi(stage(), total(stage()), kept=False, of_j=True))
     yield row(
@@ -107,7 +113,7 @@ def _total_rewards() -> Iterator[Case]:
 
 def _n_step_returns() -> Iterator[Case]:
     def returns(on: Stage, steps: int) -> Tensor:
-        return n_step_return(on.reward, on.discount, on.next_value, on.cut, steps=steps, mask=on.mask)
+        return n_step_return(on.reward, on.discount, on.next_value, on.cut, steps=steps, mask=on.mask_if_needed)
 
     for unit in _UNITS:
         for critic in _CRITICS:
@@ -122,6 +128,19 @@ def _n_step_returns() -> Iterator[Case]:
                 )
     yield row(
         "n_step_return",
+        "as q; n = 2, fragments in which time limits fall, exact critic",
+        lambda: _as_q(_parts(), returns(_parts(), 2)),
+    )
+    for steps in (1, 2, 3):
+        yield row(
+            "n_step_return",
+            f"n = {steps}, episodes, perturbed critic, held against what it does follow",
+            lambda steps=steps: (on := stage(critic="perturbed")).estimate(
+                returns(on, steps), on.looking_ahead(steps), f"{steps} rewards and then gamma^{steps} V, on average"
+            ),
+        )
+    yield row(
+        "n_step_return",
         f"as q; n = {_EXACT_STEPS}, which no episode outlasts, perturbed critic",
         lambda: _as_q(stage(critic="perturbed"), returns(stage(critic="perturbed"), _EXACT_STEPS)),
     )
@@ -129,7 +148,7 @@ def _n_step_returns() -> Iterator[Case]:
 
 def _lambda_returns() -> Iterator[Case]:
     def returns(on: Stage, decay: float) -> Tensor:
-        return lambda_return(on.reward, on.discount, on.next_value, on.cut, trace_decay=decay, mask=on.mask)
+        return lambda_return(on.reward, on.discount, on.next_value, on.cut, trace_decay=decay, mask=on.mask_if_needed)
 
     for unit in _UNITS:
         for critic in _CRITICS:
@@ -143,6 +162,19 @@ def _lambda_returns() -> Iterator[Case]:
                     ),
                     biased_by="" if free else _WRONG_CRITIC,
                 )
+
+    yield row(
+        "lambda_return",
+        "as q; lambda = 0.5, fragments in which time limits fall, exact critic",
+        lambda: _as_q(_parts(), returns(_parts(), 0.5)),
+    )
+    yield row(
+        "lambda_return",
+        "lambda = 0.5, episodes, perturbed critic, held against what it does follow",
+        lambda: (on := stage(critic="perturbed")).estimate(
+            returns(on, 0.5), on.leaning(0.5), "(1 - lambda) sum_n lambda^(n-1) n-step returns, on average"
+        ),
+    )
 
 
 def _residuals() -> Iterator[Case]:
@@ -264,14 +296,23 @@ def _vtraces() -> Iterator[Case]:
         )
     yield row("vtrace", "target where rho is truncated at 1, held against what it does follow", _fixed_point)
     yield row("vtrace", "on-policy: the lambda-return", _on_policy)
-    followed = "sum_s eta_b(s) sum_a grad pi(a|s) q_pi(s,a), b the policy that acted"
+    parts = partial(stage, unit="fragments", behaviour="stale", limit=2)
     yield row(
-        "VTrace",
-        "advantage as Psi; another policy acted, whole weights, exact critic",
-        lambda: exact().ascent(
-            score_function(exact().log_prob, _vtrace(exact(), far, far).advantage), off_policy(exact()), followed
-        ),
+        "vtrace",
+        "target as v_pi; fragments in which time limits fall, whole weights, exact critic",
+        lambda: parts().estimate_of_state(_vtrace(parts(), far, far).value_target, parts().solution.value, _V),
     )
+    followed = "sum_s eta_b(s) sum_a grad pi(a|s) q_pi(s,a), b the policy that acted"
+    for critic in _CRITICS:
+        built = partial(stage, behaviour="stale", critic=critic)
+        yield row(
+            "VTrace",
+            f"advantage as Psi; another policy acted, whole weights, {critic} critic",
+            lambda built=built: built().ascent(
+                score_function(built().log_prob, _vtrace(built(), far, far).advantage), off_policy(built()), followed
+            ),
+        )
+    yield row("VTrace", "rho, truncated at 1.1", _ratios)
     yield row(
         "VTrace",
         "advantage as Psi, rho truncated at 1, exact critic",
@@ -354,9 +395,14 @@ def _noisy() -> Stage:
     return stage("noisy-rewards")
 
 
+def _parts() -> Stage:
+    """Fragments of 3 steps of episodes that are truncated after 2."""
+    return stage(unit="fragments", limit=2)
+
+
 def _to_go(on: Stage, *, bootstrap: bool = False) -> Tensor:
     following = on.next_value if bootstrap else None
-    return reward_to_go(on.reward, on.discount, on.cut, bootstrap=following, mask=on.mask)
+    return reward_to_go(on.reward, on.discount, on.cut, bootstrap=following, mask=on.mask_if_needed)
 
 
 def _bootstrapped(on: Stage) -> Tensor:
@@ -404,8 +450,15 @@ def _vtrace(on: Stage, rho_clip: float, trace_clip: float, *, decay: float = 1.0
         trace_decay=decay,
         rho_clip=rho_clip,
         trace_clip=trace_clip,
-        mask=on.mask,
+        mask=on.mask_if_needed,
     )
+
+
+def _ratios() -> Found:
+    on = stage(behaviour="stale")
+    policy, acted = (who.preferences().softmax(-1) for who in (on.setting.policy, on.setting.behaviour))
+    truth = (policy / acted).clamp(max=1.1)
+    return on.estimate(_vtrace(on, 1.1, 0.5).rho, truth, "min(1.1, pi(a|s) / b(a|s))")
 
 
 def _fixed_point() -> Found:
@@ -422,7 +475,7 @@ def _fixed_point() -> Found:
 
 def _on_policy() -> Found:
     on = stage(unit="fragments", critic="perturbed")
-    expected = lambda_return(on.reward, on.discount, on.next_value, on.cut, trace_decay=0.7, mask=on.mask)
+    expected = lambda_return(on.reward, on.discount, on.next_value, on.cut, trace_decay=0.7, mask=on.mask_if_needed)
     found = _vtrace(on, 1.0, 1.0, decay=0.7).value_target
     return identity(found, expected, problem=on.name, target_name="lambda-return, lambda = 0.7, of every step")
 

@@ -201,6 +201,47 @@ class Stage:
         return self.values[1]
 
     @property
+    def mask_if_needed(self) -> Tensor | None:
+        """None where every step was chosen."""
+        return None if self.setting.unit == "fragments" else self.mask
+
+    def leaning(self, decay: float) -> Tensor:
+        """[S, A] the mean lambda-return of whole episodes after each action, with the critic as it is.
+
+        u = (I - gamma lambda P)^-1 (r + gamma (1 - lambda) P V)       r(s,a) + gamma P_a ((1 - lambda) V + lambda u)
+        """
+        mdp, value = self.setting.mdp, self._critic
+        move, reward = self._chain
+        solved = torch.linalg.solve(
+            torch.eye(mdp.states, dtype=torch.float64) - mdp.gamma * decay * move,
+            (self.solution.policy * reward).sum(-1) + mdp.gamma * (1.0 - decay) * (move @ value),
+        )
+        return reward + mdp.gamma * mdp.transition @ torch.where(
+            mdp.terminal, 0.0, (1.0 - decay) * value + decay * solved
+        )
+
+    def looking_ahead(self, steps: int) -> Tensor:
+        """[S, A] the mean n-step return of whole episodes after each action: n rewards, then the critic as it is."""
+        mdp, value = self.setting.mdp, self._critic
+        move, reward = self._chain
+        for _ in range(steps - 1):
+            value = (self.solution.policy * reward).sum(-1) + mdp.gamma * (move @ value)
+            value = torch.where(mdp.terminal, 0.0, value)
+        return reward + mdp.gamma * mdp.transition @ value
+
+    @property
+    def _critic(self) -> Tensor:
+        """[S] V, 0 after the end."""
+        return torch.where(self.setting.mdp.terminal, 0.0, self.setting.policy.value.detach())
+
+    @property
+    def _chain(self) -> tuple[Tensor, Tensor]:
+        """P_pi [S, S] and r(s,a) [S, A], nothing after the end."""
+        mdp, going = self.setting.mdp, (~self.setting.mdp.terminal).to(torch.float64)
+        move = torch.einsum("sa,sax->sx", self.solution.policy, mdp.transition) * going.unsqueeze(-1)
+        return move, (mdp.transition * mdp.reward).sum(-1) * going.unsqueeze(-1)
+
+    @property
     def spaced(self) -> Spaced:
         """The same steps with one that the policy did not choose after each: what it carries must not be read."""
         last = self.cut & self.mask
