@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upslope.diagnostics import (
-    StepRecord,
+    ChosenSteps,
     effective_sample_size,
     explained_variance,
     gradient_shares,
@@ -27,22 +27,19 @@ def test_effective_sample_size_by_hand() -> None:
     assert float(effective_sample_size(huge)) == 0.25
 
 
-def record(ratio: list[float], advantage: list[float], *, dual_clip: float | None = None) -> StepRecord:
+def record(ratio: list[float], advantage: list[float], *, dual_clip: float | None = None) -> ChosenSteps:
     """Steps of PPO's clipped objective with clip 0.2, and the gradient it gives them."""
     behaviour = torch.zeros(len(ratio), dtype=torch.float64)
     log_prob = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
     psi = torch.tensor(advantage, dtype=torch.float64)
     clipped(log_prob, behaviour, psi, low=0.2, high=0.2, dual_clip=dual_clip).sum().backward()
-    return StepRecord(log_ratio=log_prob.detach(), advantage=psi, gradient=log_prob.grad)
+    return ChosenSteps(log_ratio=log_prob.detach(), advantage=psi, gradient=log_prob.grad)
 
 
 def test_clip_shares_by_sign_by_hand() -> None:
     """Clipped: 1.5 with A > 0 and 0.5 with A < 0; 1.5 with A < 0 and 0.5 with A > 0 keep their gradient."""
     shares = gradient_shares(
-        [
-            record([1.5, 1.5, 0.5, 0.5], [1.0, -1.0, 1.0, -1.0]),
-            record([1.1, 1.0, 0.7, 1.0], [2.0, 3.0, -1.0, 0.0]),
-        ]
+        record([1.5, 1.5, 0.5, 0.5, 1.1, 1.0, 0.7, 1.0], [1.0, -1.0, 1.0, -1.0, 2.0, 3.0, -1.0, 0.0])
     )
     assert float(shares["clip_share_positive"]) == pytest.approx(1 / 4)
     assert float(shares["clip_share_negative"]) == pytest.approx(2 / 3)
@@ -50,13 +47,13 @@ def test_clip_shares_by_sign_by_hand() -> None:
 
 
 def test_the_dual_clip_kills_steps_that_are_clipped_on_neither_side() -> None:
-    shares = gradient_shares([record([5.0, 1.0], [-1.0, -1.0], dual_clip=3.0)])
+    shares = gradient_shares(record([5.0, 1.0], [-1.0, -1.0], dual_clip=3.0))
     assert float(shares["dead_gradient_share"]) == 0.5
     assert float(shares["clip_share_negative"]) == 0.0
 
 
 def test_shares_among_no_steps_are_zero() -> None:
-    shares = gradient_shares([record([1.0, 1.0], [0.0, 0.0])])
+    shares = gradient_shares(record([1.0, 1.0], [0.0, 0.0]))
     assert {name: float(share) for name, share in shares.items()} == {
         "dead_gradient_share": 1.0,
         "clip_share_positive": 0.0,
@@ -65,7 +62,7 @@ def test_shares_among_no_steps_are_zero() -> None:
 
 
 def test_a_loss_that_ignores_the_log_prob_has_no_shares() -> None:
-    assert gradient_shares([StepRecord(log_ratio=torch.zeros(2), advantage=torch.ones(2), gradient=None)]) == {}
+    assert gradient_shares(ChosenSteps(log_ratio=torch.zeros(2), advantage=torch.ones(2), gradient=None)) == {}
 
 
 def test_explained_variance() -> None:

@@ -10,17 +10,17 @@ from upslope.diagnostics.noise import (
     noise_of_pair,
 )
 from upslope.diagnostics.signal import explained_variance, psi_variances, zero_advantage_groups
-from upslope.diagnostics.steps import StepRecord, effective_sample_size, gradient_shares
+from upslope.diagnostics.steps import ChosenSteps, effective_sample_size, gradient_shares
 from upslope.diagnostics.verdicts import RULES, Rule, Verdict, Watch, verdict_line, verdicts
 
 __all__ = [
     "RULES",
+    "ChosenSteps",
     "Meter",
     "MinibatchNoise",
     "NoiseEstimate",
     "Rule",
     "SmoothedNoise",
-    "StepRecord",
     "SuccessiveNoise",
     "Verdict",
     "Watch",

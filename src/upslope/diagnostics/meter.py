@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from upslope.diagnostics.noise import MinibatchNoise, SmoothedNoise, SuccessiveNoise
 from upslope.diagnostics.signal import psi_variances, zero_advantage_groups
-from upslope.diagnostics.steps import StepRecord, effective_sample_size, gradient_shares
+from upslope.diagnostics.steps import ChosenSteps, effective_sample_size, gradient_shares
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory, Tree
 
+_WATCHED = 64
 _DECAY_WITHIN, _DECAY_BETWEEN = 0.95, 0.98
 """Estimates from one pair of updates are far noisier than those from the minibatches of one, so they last longer."""
 
 
 class Meter:
-    """Takes figures of updates; nothing it does changes them.
+    """Takes figures of those updates that `look` asks for; nothing it does changes them.
 
-    Of most updates it takes the gradient of the first optimiser step alone; a closer look is for those for which
-    `begin` asks for it. What a closer look finds:
+    Of an update with many optimiser steps, some 64 evenly spread ones stand for all. What is found:
 
     | figure | meaning |
     |---|---|
@@ -34,8 +35,8 @@ class Meter:
     | dead_gradient_share, clip_share_positive, clip_share_negative | steps without gradient, as a share |
 
     Signal and noise come from the minibatches of the first pass where there are several, else from the first gradients
-    of successive updates. Both are smoothed over updates. The parameters move between the gradients compared. In an
-    update of a single optimiser step all ratios are 1, and not reported beyond the first.
+    of an update looked at and of the one after it. Both are smoothed over updates. The parameters move between the
+    gradients compared. In an update of a single optimiser step all ratios are 1, and not reported beyond the first.
 
     Args:
         gradient: [P] where the gradients of the parameters that serve the actor alone lie after each backward pass.
@@ -52,9 +53,9 @@ class Meter:
         self._minibatches: MinibatchNoise | None = None
         self._found: dict[str, Tensor] = {}
         self._open: list[tuple[Batch, Tensor]] = []
-        self._steps: list[list[StepRecord]] = []
-        self._last_pass = 0
-        self._epoch = 0
+        self._pieces: list[_Piece] = []
+        self._optimizer_step = 0
+        self._watch_every = 1
         self._several = False
         self._chosen = 0
 
@@ -72,6 +73,7 @@ class Meter:
         *,
         gamma: float,
         minibatches: int,
+        epochs: int,
     ) -> None:
         """An update begins.
 
@@ -82,11 +84,13 @@ class Meter:
             next_value: [B, T], V', or None.
             gamma: the algorithm's discount factor.
             minibatches: optimiser steps per pass.
+            epochs: passes.
         """
         self._forget()
         self._several = minibatches > 1
         if not self._looking:
             return
+        self._watch_every = max(1, epochs * minibatches // _WATCHED)
         if self._several:
             self._minibatches = MinibatchNoise(self._gradient)
         mask, chosen = trajectory.mask, trajectory.mask.sum()
@@ -102,7 +106,7 @@ class Meter:
 
     def evaluated(self, batch: Batch, evaluation: Evaluation) -> None:
         """A piece of an optimiser step was evaluated; comes before its backward pass."""
-        if self._looking:
+        if self._looking and self._optimizer_step % self._watch_every == 0:
             if evaluation.log_prob.requires_grad:
                 evaluation.log_prob.retain_grad()
             self._open.append((batch, evaluation.log_prob))
@@ -115,18 +119,26 @@ class Meter:
             batch: of the whole step.
             epoch: the pass it is in, from 0.
         """
-        if epoch == 0 and not self._several:
-            estimate = self._successive.add(self._gradient, _count(batch.mask))
+        if epoch == 0 and not self._several and (self._looking or self._successive.waiting):
+            estimate = self._successive.add(self._gradient, _count(batch.mask), keep=self._looking)
             if estimate is not None:
                 self._between.add(estimate)
         if not self._looking:
             return
         if epoch == 0 and self._minibatches is not None:
             self._minibatches.add(self._gradient, _count(batch.mask))
-        if epoch != self._epoch:
-            self._epoch, self._last_pass = epoch, len(self._steps)
-        self._steps.append([_record(piece, log_prob) for piece, log_prob in self._open])
+        for piece, log_prob in self._open:
+            self._pieces.append(
+                _Piece(
+                    epoch=epoch,
+                    first=self._optimizer_step == 0,
+                    batch=piece,
+                    log_prob=log_prob.detach(),
+                    gradient=log_prob.grad,
+                )
+            )
         self._open.clear()
+        self._optimizer_step += 1
 
     @torch.no_grad()
     def end(self) -> Mapping[str, float]:
@@ -134,13 +146,15 @@ class Meter:
         if not self._looking:
             return {}
         found = self._found
-        first = torch.cat([record.log_ratio for record in self._steps[0]])
-        found["first_ratio_error"] = first.expm1().abs().max()
-        if len(self._steps) > 1:
-            last = [record.log_ratio for step in self._steps[self._last_pass :] for record in step]
-            found["effective_sample_size"] = effective_sample_size(torch.cat(last))
-        shares = gradient_shares([record for step in self._steps for record in step])
-        found.update(shares if len(self._steps) > 1 else {name: shares[name] for name in shares if "clip" not in name})
+        pieces = self._pieces
+        found["first_ratio_error"] = _steps([piece for piece in pieces if piece.first]).log_ratio.expm1().abs().max()
+        shares = gradient_shares(_steps(pieces))
+        if self._optimizer_step > 1:
+            last = _steps([piece for piece in pieces if piece.epoch == pieces[-1].epoch])
+            found["effective_sample_size"] = effective_sample_size(last.log_ratio)
+            found.update(shares)
+        else:
+            found.update({name: share for name, share in shares.items() if "clip" not in name})
         numbers = dict(zip(found, torch.stack([entry.double() for entry in found.values()]).tolist(), strict=True))
         chosen = numbers.pop("chosen")
         if self._minibatches is not None:
@@ -172,11 +186,25 @@ def _count(mask: Tensor) -> int:
     return mask.shape[0] if mask.dim() == 1 else int(mask.sum())
 
 
-def _record(batch: Batch, log_prob: Tensor) -> StepRecord:
-    gradient, log_prob = log_prob.grad, log_prob.detach()
-    log_ratio, advantage = log_prob - batch.behaviour_log_prob, batch.advantage
-    if batch.mask.dim() > 1:
-        mask = batch.mask
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Piece:
+    epoch: int
+    first: bool
+    batch: Batch
+    log_prob: Tensor
+    gradient: Tensor | None
+
+
+def _steps(pieces: Sequence[_Piece]) -> ChosenSteps:
+    """The chosen steps of some pieces."""
+    log_prob = torch.cat([piece.log_prob for piece in pieces])
+    behaviour = torch.cat([piece.batch.behaviour_log_prob for piece in pieces])
+    advantage = torch.cat([piece.batch.advantage for piece in pieces])
+    gradients = [piece.gradient for piece in pieces if piece.gradient is not None]
+    gradient = torch.cat(gradients) if len(gradients) == len(pieces) else None
+    log_ratio = log_prob - behaviour
+    if log_ratio.dim() > 1:
+        mask = torch.cat([piece.batch.mask for piece in pieces])
         log_ratio, advantage = log_ratio[mask], advantage[mask]
         gradient = None if gradient is None else gradient[mask]
-    return StepRecord(log_ratio=log_ratio, advantage=advantage, gradient=gradient)
+    return ChosenSteps(log_ratio=log_ratio, advantage=advantage, gradient=gradient)

@@ -144,24 +144,27 @@ class MinibatchNoise:
 
 
 class SuccessiveNoise:
-    """Takes one gradient per batch and compares it with that of the batch before, three vector operations each."""
+    """Compares the gradient of a batch with that of the batch before it, three vector operations each."""
 
     def __init__(self) -> None:
         self._gradient: Tensor | None = None
         self._square = 0.0
         self._samples = 0
 
-    def add(self, gradient: Tensor, samples: int) -> NoiseEstimate | None:
-        """One batch's gradient [P] and its size; None if there was none before."""
+    @property
+    def waiting(self) -> bool:
+        """Whether a gradient was kept that the next one is to be compared with."""
+        return self._gradient is not None
+
+    def add(self, gradient: Tensor, samples: int, *, keep: bool = True) -> NoiseEstimate | None:
+        """One batch's gradient [P] and its size; None if none was kept before. `keep` keeps it for the next."""
         square = float(gradient.dot(gradient))
         estimate = None
-        if self._gradient is None:
-            self._gradient = gradient.clone()
-        else:
+        if self._gradient is not None:
             product = float(gradient.dot(self._gradient))
             mean = 0.5 * (samples + self._samples)
             estimate = noise_of_pair(squares=(square, self._square), product=product, samples=mean)
-            self._gradient.copy_(gradient)
+        self._gradient = gradient.clone() if keep else None
         self._square, self._samples = square, samples
         return estimate
 

@@ -22,8 +22,8 @@ def effective_sample_size(log_ratio: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord:
-    """The chosen steps of one piece of one optimiser step, all [n] and detached.
+class ChosenSteps:
+    """Steps that the policy chose, as one or more optimiser steps saw them; all [n] and detached.
 
     Attributes:
         log_ratio: l - b.
@@ -36,7 +36,7 @@ class StepRecord:
     gradient: Tensor | None
 
 
-def gradient_shares(records: list[StepRecord]) -> dict[str, Tensor]:
+def gradient_shares(steps: ChosenSteps) -> dict[str, Tensor]:
     """Which steps had no gradient left, by what the loss itself passed back to each log-prob.
 
     | name | steps without gradient | among |
@@ -45,16 +45,13 @@ def gradient_shares(records: list[StepRecord]) -> dict[str, Tensor]:
     | clip_share_positive | those with ratio > 1 | steps with A > 0 |
     | clip_share_negative | those with ratio < 1 | steps with A < 0 |
 
-    No clip range has to be known for that, so that it holds for any clip shape. A share among no steps is 0.
+    No clip range has to be known for that, so that it holds for any clip shape. A share among no steps is 0; without
+    gradients there are no shares.
     """
-    gradients = [record.gradient for record in records if record.gradient is not None]
-    if len(gradients) != len(records):
+    if steps.gradient is None:
         return {}
-    dead = torch.cat(gradients) == 0.0
-    advantage = torch.cat([record.advantage for record in records])
-    log_ratio = torch.cat([record.log_ratio for record in records])
-    positive, negative = advantage > 0.0, advantage < 0.0
-    above, below = dead & positive & (log_ratio > 0.0), dead & negative & (log_ratio < 0.0)
+    dead, positive, negative = steps.gradient == 0.0, steps.advantage > 0.0, steps.advantage < 0.0
+    above, below = dead & positive & (steps.log_ratio > 0.0), dead & negative & (steps.log_ratio < 0.0)
     counts = torch.stack([dead, above, positive, below, negative]).sum(1).double()
     return {
         "dead_gradient_share": counts[0] / dead.numel(),

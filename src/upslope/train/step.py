@@ -70,7 +70,15 @@ def learn(
     passes = algorithm.passes
     value, next_value, signal = _signal(policy, algorithm, trajectory)
     if meter is not None:
-        meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, minibatches=passes.minibatches)
+        meter.begin(
+            trajectory,
+            signal,
+            value,
+            next_value,
+            gamma=algorithm.gamma,
+            minibatches=passes.minibatches,
+            epochs=passes.epochs,
+        )
     batch = _batch(policy, passes, trajectory, value, signal)
     totals = _Totals()
     for epoch in range(passes.epochs):
