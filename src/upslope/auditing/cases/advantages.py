@@ -15,6 +15,7 @@ from upslope.auditing.cases.stage import (
     GRAD_J,
     Found,
     Stage,
+    by_loop,
     identity,
     row,
     row_gradients,
@@ -78,6 +79,11 @@ def _generalised() -> Iterator[Case]:
             "gae",
             f"as A; lambda = 0.5, fragments in which time limits fall, {words}, exact critic",
             partial(_across_limits, given=given),
+        )
+        yield row(
+            "gae",
+            f"lambda = 0.5, fragments in which time limits fall, {words}, perturbed critic: the loop",
+            partial(_generalised_by_loop, given=given),
         )
     for spaced in (False, True):
         between = ", steps that nobody chose in between" if spaced else ""
@@ -241,6 +247,15 @@ def _across_limits(*, given: bool) -> Found:
     mask = on.mask if given else None
     psi = gae(on.reward, on.discount, on.value, on.next_value, on.cut, gae_lambda=0.5, mask=mask)
     return on.estimate(psi, on.solution.advantage, "A(s,a) of every state and action")
+
+
+def _generalised_by_loop(*, given: bool) -> Found:
+    on = stage(unit="fragments", critic="perturbed", limit=2)
+    mask = on.mask if given else None
+    found = gae(on.reward, on.discount, on.value, on.next_value, on.cut, gae_lambda=0.5, mask=mask)
+    residual = on.reward + on.discount * on.next_value - on.value
+    expected = by_loop(residual, 0.5 * on.discount * ~on.cut)
+    return identity(found, expected, problem=on.name, target_name="delta_t + g_t lambda (1 - c_t) A_{t+1}")
 
 
 def _leaning(*, spaced: bool) -> Found:

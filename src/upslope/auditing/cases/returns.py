@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import GRAD_J, STATES_UNDISCOUNTED, Found, Stage, identity, row, stage
+from upslope.auditing.cases.stage import GRAD_J, STATES_UNDISCOUNTED, Found, Stage, by_loop, identity, row, stage
 from upslope.auditing.setting import Critic, Unit
 from upslope.estimators import (
     VTrace,
@@ -302,6 +302,12 @@ def _vtraces() -> Iterator[Case]:
         "target as v_pi; fragments in which time limits fall, whole weights, exact critic",
         lambda: parts().estimate_of_state(_vtrace(parts(), far, far).value_target, parts().solution.value, _V),
     )
+    yield row("vtrace", "target; fragments in which time limits fall, perturbed critic: the loop", _vtrace_by_loop)
+    yield row(
+        "VTrace",
+        "advantage; fragments in which time limits fall, perturbed critic: the loop",
+        partial(_vtrace_by_loop, advantage=True),
+    )
     followed = "sum_s eta_b(s) sum_a grad pi(a|s) q_pi(s,a), b the policy that acted"
     for critic in _CRITICS:
         built = partial(stage, behaviour="stale", critic=critic)
@@ -454,6 +460,21 @@ def _vtrace(on: Stage, rho_clip: float, trace_clip: float, *, decay: float = 1.0
     )
 
 
+def _vtrace_by_loop(*, advantage: bool = False) -> Found:
+    """v_t = V_t + rho_t delta_t + g_t k_t (v_{t+1} - V_{t+1}), and rho_t (r_t + g_t v_{t+1} - V_t), V'_t where cut."""
+    on = stage(unit="fragments", critic="perturbed", behaviour="stale", limit=2)
+    made = _vtrace(on, 1.1, 0.9, decay=0.7)
+    ratio = (on.log_prob.detach() - on.behaviour_log_prob).exp()
+    rho, trace = ratio.clamp(max=1.1), 0.7 * ratio.clamp(max=0.9)
+    residual = on.reward + on.discount * on.next_value - on.value
+    target = on.value + by_loop(rho * residual, on.discount * trace * ~on.cut)
+    if not advantage:
+        return identity(made.value_target, target, problem=on.name, target_name="v_t of every step")
+    following = torch.where(on.cut, on.next_value, target.roll(-1, -1))
+    expected = rho * (on.reward + on.discount * following - on.value)
+    return identity(made.advantage, expected, problem=on.name, target_name="rho (r + g v' - V) of every step")
+
+
 def _ratios() -> Found:
     on = stage(behaviour="stale")
     policy, acted = (who.preferences().softmax(-1) for who in (on.setting.policy, on.setting.behaviour))
@@ -480,14 +501,6 @@ def _on_policy() -> Found:
     return identity(found, expected, problem=on.name, target_name="lambda-return, lambda = 0.7, of every step")
 
 
-def _loop(x: Tensor, k: Tensor) -> Tensor:
-    following, solved = torch.zeros_like(x[..., 0]), list[Tensor]()
-    for time in reversed(range(x.shape[-1])):
-        following = x[..., time] + k[..., time] * following
-        solved.append(following)
-    return torch.stack(solved[::-1], dim=-1)
-
-
 def _waves(rows: int, length: int) -> tuple[Tensor, Tensor]:
     """Numbers without pattern, k in [-1, 1] with zeros among them."""
     step = torch.arange(rows * length, dtype=torch.float64).view(rows, length)
@@ -498,7 +511,7 @@ def _waves(rows: int, length: int) -> tuple[Tensor, Tensor]:
 def _by_loop(length: int, rows: int) -> Found:
     x, k = _waves(rows if length > 100 else 3, length)
     return identity(
-        backward_recurrence(x, k), _loop(x, k), problem=f"{length} steps", target_name="y_t = x_t + k_t y_{t+1}"
+        backward_recurrence(x, k), by_loop(x, k), problem=f"{length} steps", target_name="y_t = x_t + k_t y_{t+1}"
     )
 
 
@@ -507,6 +520,6 @@ def _gradient_by_loop() -> Found:
     weight = torch.linspace(-1.0, 1.0, 27, dtype=torch.float64).view(3, 9)
     found, expected = (
         torch.cat([part.flatten() for part in torch.autograd.grad((weight * solved).sum(), (x, k))])
-        for solved in (backward_recurrence(x, k), _loop(x, k))
+        for solved in (backward_recurrence(x, k), by_loop(x, k))
     )
     return identity(found, expected, problem="9 steps", target_name="gradient of sum_t w_t y_t in x and k")

@@ -96,6 +96,15 @@ def row_gradients(objective: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(len(objective), -1) for part in parts], dim=-1)
 
 
+def by_loop(x: Tensor, k: Tensor) -> Tensor:
+    """y_t = x_t + k_t y_{t+1}, one step after the other."""
+    following, solved = torch.zeros_like(x[..., 0]), list[Tensor]()
+    for time in reversed(range(x.shape[-1])):
+        following = x[..., time] + k[..., time] * following
+        solved.append(following)
+    return torch.stack(solved[::-1], dim=-1)
+
+
 def weighted_moments(probability: Tensor, estimate: Tensor) -> Moments:
     """Of an estimate [R, P] that has the probability [R].
 
@@ -243,14 +252,17 @@ class Stage:
 
     @property
     def spaced(self) -> Spaced:
-        """The same steps with one that the policy did not choose after each: what it carries must not be read."""
+        """The same steps with one that the policy did not choose after each.
+
+        What these carry must not be read, but for V' before the next chosen step, and nothing after an end.
+        """
         last = self.cut & self.mask
         nothing = torch.zeros_like(self.reward)
         return Spaced(
             reward=_interleave(self.reward, nothing + 99.0),
             discount=_interleave(nothing + self.gamma, self.discount),
             value=_interleave(self.value, nothing - 77.0),
-            next_value=_interleave(nothing - 55.0, self.next_value),
+            next_value=_interleave(nothing - 55.0, torch.where(self.discount > 0, self.next_value, 33.0)),
             cut=_interleave(torch.zeros_like(last), last),
             mask=_interleave(self.mask, torch.zeros_like(self.mask)),
         )
