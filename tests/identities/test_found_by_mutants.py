@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from identity_strategies import PROPERTY, SEEDS, close, normal
 from torch import Tensor
 
 from upslope.algorithms import A2C, PPO, Algorithm, Now, OneStepActorCritic, Reinforce
+from upslope.estimators import conjugate_gradient
 from upslope.exact import TabularPolicy
 from upslope.train.step import learn
 from upslope.trajectory import Trajectory
@@ -224,3 +226,66 @@ def test_recomputing_with_the_same_critic_changes_nothing(seed: int) -> None:
         strict=True,
     ):
         close(one, two)
+
+
+def spread(rows: Trajectory, generator: torch.Generator, *, after_ends: bool) -> Trajectory:
+    """The same steps with hidden rubbish in between, before or after; only where an episode ended, if so asked."""
+    ends = rows.terminated | rows.truncated
+    places = torch.zeros((ROWS, STEPS), dtype=torch.int64)
+    for b in range(ROWS):
+        place = int(torch.randint(2, (), generator=generator)) if not after_ends else 0
+        for t in range(STEPS):
+            places[b, t] = place
+            gap = int(torch.randint(3, (), generator=generator)) if bool(ends[b, t]) or not after_ends else 0
+            place += 1 + gap
+        places[b] += 3 * STEPS - 1 - places[b, -1]
+    index = (places + 3 * STEPS * torch.arange(ROWS).unsqueeze(-1)).flatten()
+
+    def move(tensor: Tensor, rubbish: float) -> Tensor:
+        filled = torch.full((ROWS * 3 * STEPS,), rubbish, dtype=tensor.dtype)
+        return filled.index_copy(0, index, tensor.flatten()).view(ROWS, 3 * STEPS)
+
+    assert isinstance(rows.observation, Tensor)
+    hidden_as_next = move(rows.observation, -1)
+    for t in reversed(range(3 * STEPS - 1)):
+        hidden_as_next[:, t] = torch.where(hidden_as_next[:, t] < 0, hidden_as_next[:, t + 1], hidden_as_next[:, t])
+    return replace(
+        rows,
+        observation=hidden_as_next,
+        action=move(rows.action, 0),
+        reward=move(rows.reward, 1e3),
+        terminated=move(rows.terminated, False),
+        truncated=move(rows.truncated, False),
+        mask=move(rows.mask, False),
+        behaviour_log_prob=move(rows.behaviour_log_prob, 0.0),
+        time=move(rows.time, 50),
+        final_index=index[rows.final_index],
+    )
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+@settings(PROPERTY, max_examples=10)
+@given(SEEDS)
+def test_hidden_steps_change_no_update(name: str, seed: int) -> None:
+    """Positions that nobody chose, such as those at which an environment only reset: no time passes there."""
+    algorithm, start = ALGORITHMS[name], table(seed)
+    rows = experience(seed, start, episodes=isinstance(algorithm, Reinforce))
+    hidden = spread(rows, torch.Generator().manual_seed(seed + 5), after_ends=seed % 2 == 0)
+    for one, two in zip(
+        updated(algorithm, rows, table(seed), RATE), updated(algorithm, hidden, table(seed), RATE), strict=True
+    ):
+        close(one, two)
+
+
+@PROPERTY
+@given(SEEDS, st.integers(1, 4))
+def test_conjugate_gradient_takes_as_many_iterations_as_there_are_eigenvalues(seed: int, distinct: int) -> None:
+    """Exact after so many, and not one earlier."""
+    basis = torch.linalg.qr(normal(seed, 8, 8)).Q
+    eigenvalues = torch.arange(8, dtype=torch.float64).remainder(distinct) + 1.0
+    matrix, b = basis @ eigenvalues.diag() @ basis.mT, normal(seed + 1, 8)
+    exact = torch.linalg.solve(matrix, b)
+    close(conjugate_gradient(matrix.mv, b, iterations=distinct, tolerance=0.0), exact)
+    if distinct > 1:
+        early = conjugate_gradient(matrix.mv, b, iterations=distinct - 1, tolerance=0.0)
+        assert float((early - exact).norm() / exact.norm()) > 1e-6

@@ -14,12 +14,15 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType, TracebackType
 from typing import Literal, TypeAlias
+
+import pytest
 
 HERE = Path(__file__).parent
 DEADLINE = 240
@@ -219,9 +222,10 @@ class Killers:
         for arguments in _parametrised(found[0]):
             try:
                 found[0](**arguments)
-            except Exception as error:
+            except (Exception, pytest.fail.Exception) as error:
                 where = ", ".join(f"{name}={value}" for name, value in arguments.items()) or "an example"
-                return Finding(killer, "identity", where, not isinstance(error, AssertionError), _words(error))
+                crashed = not isinstance(error, AssertionError | pytest.fail.Exception)
+                return Finding(killer, "identity", where, crashed, _words(error))
         return Finding(killer, "identity")
 
 
@@ -277,6 +281,9 @@ def _in_a_child(killers: Killers, mutant: Mutant | None, names: tuple[str, ...])
             said = {"findings": [asdict(finding) for finding in answer(killers, mutant, names)]}
         except MutantError as error:
             said = {"error": str(error)}
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os.write(writing, json.dumps(said).encode())
         os._exit(0)
     os.close(writing)

@@ -9,7 +9,7 @@ REINFORCE, ACTOR_CRITIC = "upslope.algorithms.reinforce", "upslope.algorithms.ac
 PPO = "upslope.algorithms.ppo"
 
 SPLITS, MASKED = "test_any_micro_batch_split_gives_the_same_gradient", "test_masked_steps_have_no_gradient"
-LOSSES = "test_every_loss_is_its_formula"
+LOSSES, HIDDEN = "test_every_loss_is_its_formula", "test_hidden_steps_change_no_update"
 LIMITED = "Reinforce: baselined; exact critic, on-policy, time limit 2"
 A2C_LIMITED = "A2C: lambda 1.0; exact critic, on-policy, time limit 2"
 
@@ -21,6 +21,7 @@ IN_TRAJECTORY = (
         "cut = self.terminated.clone()",
         "an episode that was cut runs on into the next",
         (A2C_LIMITED,),
+        (LOSSES,),
     ),
     Mutant(
         "truncation as termination",
@@ -29,6 +30,7 @@ IN_TRAJECTORY = (
         "return (~(self.terminated | self.truncated)).to(self.reward.dtype) * gamma",
         "a time limit is taken for death",
         (LIMITED, A2C_LIMITED),
+        (LOSSES,),
     ),
     Mutant(
         "V' of the reset state",
@@ -37,6 +39,7 @@ IN_TRAJECTORY = (
         "following[:, -1] = value[:, 0]",
         "the state after the reset for the final one",
         (LIMITED, A2C_LIMITED),
+        (LOSSES,),
     ),
     Mutant(
         "V' is V",
@@ -45,6 +48,7 @@ IN_TRAJECTORY = (
         "following[:, :-1] = value[:, :-1]",
         "off by one",
         ("A2C: lambda 0.5; exact critic, on-policy",),
+        (LOSSES,),
     ),
     Mutant(
         "final values in the wrong order",
@@ -53,6 +57,7 @@ IN_TRAJECTORY = (
         "following.view(-1)[self.final_index] = final_value.flip(0)",
         "ends of the batch exchange their values",
         ("drawn: episodes, time limit",),
+        (LOSSES,),
     ),
 )
 
@@ -64,14 +69,25 @@ IN_REINFORCE = (
         "psi = baselined(target, next_value)",
         "V of the next state as baseline",
         ("Reinforce: baselined; perturbed critic, on-policy",),
+        (LOSSES,),
     ),
     Mutant(
         "reinforce does not bootstrap at a limit",
         REINFORCE,
-        "target = reward_to_go(reward, discount, cut, bootstrap=next_value)",
-        "target = reward_to_go(reward, discount, cut)",
+        "target = reward_to_go(reward, discount, cut, bootstrap=next_value,",
+        "target = reward_to_go(reward, discount, cut,",
         "what follows a time limit counts as 0",
         (LIMITED,),
+        (LOSSES,),
+    ),
+    Mutant(
+        "reinforce drops its mask",
+        REINFORCE,
+        "mask, target = trajectory.partial_mask, None",
+        "mask, target = None, None",
+        "time passes at steps that nobody chose",
+        (),
+        (HIDDEN,),
     ),
     Mutant(
         "reinforce's critic learns another target",
@@ -98,6 +114,7 @@ IN_REINFORCE = (
         "if not self.discounted_states and self.psi",
         "the switch the wrong way round",
         ("Reinforce: reward_to_go; perturbed critic, on-policy",),
+        (LOSSES,),
     ),
     Mutant(
         "reinforce averages over steps",
@@ -106,6 +123,7 @@ IN_REINFORCE = (
         "weight=batch.mask.to(batch.advantage.dtype) / batch.mask.sum()",
         "the mean over steps for the sum of each trajectory",
         ("Reinforce: reward_to_go; perturbed critic, on-policy",),
+        (LOSSES,),
     ),
     Mutant(
         "reinforce downhill",
@@ -114,6 +132,7 @@ IN_REINFORCE = (
         "per_step = objective",
         "the sign",
         ("Reinforce: reward_to_go; perturbed critic, on-policy",),
+        (LOSSES,),
     ),
     Mutant(
         "reinforce penalises entropy",
@@ -146,12 +165,13 @@ IN_REINFORCE = (
 
 IN_ACTOR_CRITIC = (
     Mutant(
-        "one step ignores what follows",
+        "one step takes more",
         ACTOR_CRITIC,
-        "delta = td_residual(trajectory.reward, trajectory.discount(self.gamma), value, next_value)",
-        "delta = trajectory.reward - value",
-        "the bootstrap is missing",
+        "gae_lambda=0.0",
+        "gae_lambda=0.95",
+        "lambda is not 0: right with the exact critic, and no longer the TD residual",
         ("OneStepActorCritic: TD residual; exact critic, on-policy",),
+        (LOSSES,),
     ),
     Mutant(
         "one step drops gamma^t",
@@ -160,6 +180,25 @@ IN_ACTOR_CRITIC = (
         "return Signal(advantage=delta, value_target=delta + value)",
         "gamma^t is never kept",
         ("OneStepActorCritic: TD residual, gamma^t kept; exact critic, on-policy",),
+        (LOSSES,),
+    ),
+    Mutant(
+        "one step drops its mask",
+        ACTOR_CRITIC,
+        "gae_lambda=0.0,\n            mask=trajectory.partial_mask",
+        "gae_lambda=0.0,\n            mask=None",
+        "time passes at steps that nobody chose",
+        (),
+        (HIDDEN,),
+    ),
+    Mutant(
+        "one step discounts twice",
+        ACTOR_CRITIC,
+        "discount_weight(trajectory.time, self.gamma, dtype=delta.dtype)",
+        "discount_weight(2 * trajectory.time, self.gamma, dtype=delta.dtype)",
+        "gamma^2t",
+        ("OneStepActorCritic: TD residual, gamma^t kept; exact critic, on-policy",),
+        (LOSSES,),
     ),
     Mutant(
         "one step's critic learns the error",
@@ -173,10 +212,20 @@ IN_ACTOR_CRITIC = (
     Mutant(
         "a2c sees termination alone",
         ACTOR_CRITIC,
-        "value, next_value, trajectory.cut, gae_lambda=self.gae_lambda",
-        "value, next_value, trajectory.terminated, gae_lambda=self.gae_lambda",
+        "trajectory.cut,\n            gae_lambda=self.gae_lambda",
+        "trajectory.terminated,\n            gae_lambda=self.gae_lambda",
         "an advantage runs on over a time limit",
         (A2C_LIMITED,),
+        (LOSSES,),
+    ),
+    Mutant(
+        "a2c drops its mask",
+        ACTOR_CRITIC,
+        "gae_lambda=self.gae_lambda,\n            mask=trajectory.partial_mask",
+        "gae_lambda=self.gae_lambda,\n            mask=None",
+        "time passes at steps that nobody chose",
+        (),
+        (HIDDEN,),
     ),
     Mutant(
         "a2c's critic learns the advantage",
@@ -203,6 +252,7 @@ IN_ACTOR_CRITIC = (
         "per_step = value_coefficient * value_error + objective",
         "the sign",
         ("A2C: lambda 0.5; exact critic, on-policy",),
+        (LOSSES,),
     ),
     Mutant(
         "actor-critic penalises entropy",
@@ -229,6 +279,7 @@ IN_ACTOR_CRITIC = (
         "return replace(batch, advantage=advantage, weight=batch.mask.to(batch.advantage.dtype))",
         "the sum for the mean",
         ("A2C: lambda 0.5; exact critic, on-policy",),
+        (LOSSES,),
     ),
 )
 
@@ -236,11 +287,20 @@ IN_PPO = (
     Mutant(
         "ppo sees termination alone",
         PPO,
-        "value, next_value, trajectory.cut, gae_lambda=self.gae_lambda",
-        "value, next_value, trajectory.terminated, gae_lambda=self.gae_lambda",
+        "trajectory.cut,\n            gae_lambda=self.gae_lambda",
+        "trajectory.terminated,\n            gae_lambda=self.gae_lambda",
         "an advantage runs on over a time limit",
         ("PPO: clip, lambda 0.5; exact critic, on-policy, time limit 2",),
         (LOSSES,),
+    ),
+    Mutant(
+        "ppo drops its mask",
+        PPO,
+        "mask=trajectory.partial_mask",
+        "mask=None",
+        "time passes at steps that nobody chose",
+        (),
+        (HIDDEN,),
     ),
     Mutant(
         "ppo's critic learns the advantage",
@@ -321,6 +381,7 @@ IN_PPO = (
         "per_step = self.value_coefficient * value_error + objective",
         "the sign",
         ("PPO: clip; exact critic, on-policy",),
+        (LOSSES,),
     ),
 )
 
