@@ -27,7 +27,6 @@ from upslope.estimators import (
     sequence_log_ratio,
     squared_value_error,
 )
-from upslope.exact import solve
 
 _SURROGATE = "sum_s eta_b(s) sum_a grad pi(a|s) A_pi(s,a), b the policy that acted"
 _BY_LENGTH = "E[R / length x grad log pi(completion)]"
@@ -175,21 +174,23 @@ def _penalised() -> Iterator[Case]:
         yield row(
             "kl_penalised",
             words,
-            lambda built=built, beta=beta: built().ascent(_penalty(built(), beta), _surrogate(built()), _SURROGATE),
+            lambda built=built, beta=beta: built().ascent(
+                _penalty(built(), beta), built().off_policy_gradient, _SURROGATE
+            ),
         )
     yield row(
         "kl_penalised",
         f"another policy acted, beta {_BETA}",
         lambda: _off().ascent(
             _penalty(_off(), _BETA),
-            _surrogate(_off()) - _BETA * _kl_gradient(_off()),
+            _off().off_policy_gradient - _BETA * _kl_gradient(_off()),
             f"{_SURROGATE}, less beta sum_s eta_b(s) grad KL(b || pi)",
         ),
     )
     yield row(
         "kl_penalised",
         f"another policy acted, beta {_BETA}, held against the surrogate alone",
-        lambda: _off().ascent(_penalty(_off(), _BETA), _surrogate(_off()), _SURROGATE),
+        lambda: _off().ascent(_penalty(_off(), _BETA), _off().off_policy_gradient, _SURROGATE),
         biased_by="the penalty pulls back towards the policy that acted",
     )
 
@@ -288,7 +289,9 @@ def _held(subject: str, setting: str, shape: Shape, *, reason: str = "") -> Case
         subject,
         setting,
         lambda: _off().ascent(
-            shape(_off().log_prob, _off().behaviour_log_prob, _advantage(_off())), _surrogate(_off()), _SURROGATE
+            shape(_off().log_prob, _off().behaviour_log_prob, _advantage(_off())),
+            _off().off_policy_gradient,
+            _SURROGATE,
         ),
         biased_by=reason,
     )
@@ -301,7 +304,7 @@ def _follows(
 
     def measure() -> Found:
         on = _off()
-        visits, acted = _acted(on)
+        visits, acted = on.acted
         log_policy = on.setting.policy.preferences().log_softmax(-1)
         advantage = on.solution.advantage
         share = visits.unsqueeze(-1) * acted * weight(log_policy.exp() / acted, advantage).detach()
@@ -317,28 +320,14 @@ def _advantage(on: Stage) -> Tensor:
     return on.solution.advantage[on.rows.state, on.trajectory.action]
 
 
-def _acted(on: Stage) -> tuple[Tensor, Tensor]:
-    """eta_b(s) and b(a|s)."""
-    with torch.no_grad():
-        visits = solve(on.setting.mdp, on.setting.behaviour).undiscounted_visits
-        return visits, on.setting.behaviour.preferences().softmax(-1)
-
-
-def _surrogate(on: Stage) -> Tensor:
-    visits, _ = _acted(on)
-    policy = on.setting.policy.preferences().softmax(-1)
-    worth = (visits.unsqueeze(-1) * policy * on.solution.advantage).sum()
-    return torch.autograd.grad(worth, on.setting.parameters)[0].flatten()
-
-
 def _kl(on: Stage) -> Tensor:
     """KL(b || pi) of every state, [S]."""
-    _, acted = _acted(on)
+    _, acted = on.acted
     return (acted * (acted.log() - on.setting.policy.preferences().log_softmax(-1))).sum(-1)
 
 
 def _kl_gradient(on: Stage) -> Tensor:
-    visits, _ = _acted(on)
+    visits, _ = on.acted
     return torch.autograd.grad(visits @ _kl(on), on.setting.parameters)[0].flatten()
 
 

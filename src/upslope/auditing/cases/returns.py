@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from upslope.auditing.cases import off_policy
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.stage import GRAD_J, STATES_UNDISCOUNTED, Found, Stage, by_loop, identity, row, stage
 from upslope.auditing.setting import Critic, Unit
 from upslope.estimators import (
-    VTrace,
     backward_recurrence,
     differential_return,
     differential_td_residual,
@@ -24,9 +24,7 @@ from upslope.estimators import (
     score_function,
     td_residual,
     total_reward,
-    vtrace,
 )
-from upslope.exact import TabularPolicy, solve
 
 _CRITICS: tuple[Critic, ...] = ("exact", "perturbed")
 _UNITS: tuple[Unit, ...] = ("episodes", "fragments")
@@ -46,7 +44,7 @@ def cases() -> Iterator[Case]:
     yield from _residuals()
     yield from _differential()
     yield from _discount_weights()
-    yield from _vtraces()
+    yield from off_policy.cases()
     yield from _recurrences()
     yield from _unchosen_steps()
 
@@ -275,70 +273,6 @@ def _discount_weights() -> Iterator[Case]:
     )
 
 
-def _vtraces() -> Iterator[Case]:
-    far = float("inf")
-    exact = partial(stage, behaviour="stale")
-    perturbed = partial(stage, behaviour="stale", critic="perturbed")
-    slow = "truncated traces lean on the critic, which is wrong"
-    for setting, on, rho_clip, trace_clip, reason in (
-        ("whole weights, perturbed critic", perturbed, far, far, ""),
-        ("traces truncated at 0.5, exact critic", exact, far, 0.5, ""),
-        ("traces truncated at 0.5, perturbed critic", perturbed, far, 0.5, slow),
-        ("rho truncated at 1, exact critic", exact, 1.0, 1.0, "its fixed point is v of a policy in between"),
-    ):
-        yield row(
-            "vtrace",
-            f"target as v_pi; another policy acted, {setting}",
-            lambda on=on, rho_clip=rho_clip, trace_clip=trace_clip: on().estimate_of_state(
-                _vtrace(on(), rho_clip, trace_clip).value_target, on().solution.value, _V
-            ),
-            biased_by=reason,
-        )
-    yield row("vtrace", "target where rho is truncated at 1, held against what it does follow", _fixed_point)
-    yield row("vtrace", "on-policy: the lambda-return", _on_policy)
-    parts = partial(stage, unit="fragments", behaviour="stale", limit=2)
-    yield row(
-        "vtrace",
-        "target as v_pi; fragments in which time limits fall, whole weights, exact critic",
-        lambda: parts().estimate_of_state(_vtrace(parts(), far, far).value_target, parts().solution.value, _V),
-    )
-    yield row("vtrace", "target; fragments in which time limits fall, perturbed critic: the loop", _vtrace_by_loop)
-    yield row(
-        "VTrace",
-        "advantage; fragments in which time limits fall, perturbed critic: the loop",
-        partial(_vtrace_by_loop, advantage=True),
-    )
-    followed = "sum_s eta_b(s) sum_a grad pi(a|s) q_pi(s,a), b the policy that acted"
-    for critic in _CRITICS:
-        built = partial(stage, behaviour="stale", critic=critic)
-        yield row(
-            "VTrace",
-            f"advantage as Psi; another policy acted, whole weights, {critic} critic",
-            lambda built=built: built().ascent(
-                score_function(built().log_prob, _vtrace(built(), far, far).advantage), off_policy(built()), followed
-            ),
-        )
-    yield row("VTrace", "rho, truncated at 1.1", _ratios)
-    yield row(
-        "VTrace",
-        "advantage as Psi, rho truncated at 1, exact critic",
-        lambda: exact().ascent(
-            score_function(exact().log_prob, _vtrace(exact(), 1.0, 1.0).advantage), off_policy(exact()), followed
-        ),
-        biased_by="truncated weights leave part of the other policy's preferences in",
-    )
-    yield row(
-        "VTrace",
-        "advantage as Psi, whole weights, held against the gradient of the policy's own states",
-        lambda: exact().ascent(
-            score_function(exact().log_prob, _vtrace(exact(), far, far).advantage),
-            exact().gradient("undiscounted_states"),
-            STATES_UNDISCOUNTED,
-        ),
-        biased_by="states are visited as often as the policy that acted visits them",
-    )
-
-
 def _recurrences() -> Iterator[Case]:
     for length, kind in ((7, "substitution"), (700, "doubling")):
         yield row(
@@ -380,22 +314,6 @@ def _unchosen_steps() -> Iterator[Case]:
         lambda: _as_psi(stage(), total(stage())[:, ::2], kept=False, of_j=True),
     )
 
-    def target(on: Stage) -> Tensor:
-        reward, discount, value, next_value, cut, mask = on.spaced
-        log_prob, behaviour = (part.repeat_interleave(2, -1) for part in (on.log_prob, on.behaviour_log_prob))
-        far = float("inf")
-        return vtrace(
-            log_prob, behaviour, reward, discount, value, next_value, cut, rho_clip=far, trace_clip=far, mask=mask
-        ).value_target
-
-    yield row(
-        "vtrace",
-        "target as v_pi; steps that nobody chose in between, perturbed critic",
-        lambda: (on := stage(behaviour="stale", critic="perturbed")).estimate_of_state(
-            target(on)[:, ::2], on.solution.value, _V
-        ),
-    )
-
 
 def _noisy() -> Stage:
     return stage("noisy-rewards")
@@ -433,72 +351,6 @@ def _as_psi(on: Stage, psi: Tensor, *, kept: bool, of_j: bool | None = None) -> 
         target, name = target / on.setting.mean_length, f"{name} / mean length"
         weight = weight / on.trajectory.shape[1]
     return on.ascent(score_function(on.log_prob, psi), target, name, weight=weight)
-
-
-def off_policy(on: Stage) -> Tensor:
-    """sum_s eta_b(s) sum_a grad pi(a|s) q_pi(s,a): states as the policy that acted visits them, actions of ours."""
-    with torch.no_grad():
-        visits = solve(on.setting.mdp, on.setting.behaviour).undiscounted_visits
-    policy = on.setting.policy.preferences().softmax(-1)
-    worth = (visits.unsqueeze(-1) * policy * on.solution.advantage).sum()
-    return torch.cat([part.flatten() for part in torch.autograd.grad(worth, on.setting.parameters)])
-
-
-def _vtrace(on: Stage, rho_clip: float, trace_clip: float, *, decay: float = 1.0) -> VTrace:
-    return vtrace(
-        on.log_prob,
-        on.behaviour_log_prob,
-        on.reward,
-        on.discount,
-        on.value,
-        on.next_value,
-        on.cut,
-        trace_decay=decay,
-        rho_clip=rho_clip,
-        trace_clip=trace_clip,
-        mask=on.mask_if_needed,
-    )
-
-
-def _vtrace_by_loop(*, advantage: bool = False) -> Found:
-    """v_t = V_t + rho_t delta_t + g_t k_t (v_{t+1} - V_{t+1}), and rho_t (r_t + g_t v_{t+1} - V_t), V'_t where cut."""
-    on = stage(unit="fragments", critic="perturbed", behaviour="stale", limit=2)
-    made = _vtrace(on, 1.1, 0.9, decay=0.7)
-    ratio = (on.log_prob.detach() - on.behaviour_log_prob).exp()
-    rho, trace = ratio.clamp(max=1.1), 0.7 * ratio.clamp(max=0.9)
-    residual = on.reward + on.discount * on.next_value - on.value
-    target = on.value + by_loop(rho * residual, on.discount * trace * ~on.cut)
-    if not advantage:
-        return identity(made.value_target, target, problem=on.name, target_name="v_t of every step")
-    following = torch.where(on.cut, on.next_value, target.roll(-1, -1))
-    expected = rho * (on.reward + on.discount * following - on.value)
-    return identity(made.advantage, expected, problem=on.name, target_name="rho (r + g v' - V) of every step")
-
-
-def _ratios() -> Found:
-    on = stage(behaviour="stale")
-    policy, acted = (who.preferences().softmax(-1) for who in (on.setting.policy, on.setting.behaviour))
-    truth = (policy / acted).clamp(max=1.1)
-    return on.estimate(_vtrace(on, 1.1, 0.5).rho, truth, "min(1.1, pi(a|s) / b(a|s))")
-
-
-def _fixed_point() -> Found:
-    """With V = v of pi_rho ~ min(rho_bar b, pi) the mean target is V (Espeholt et al. 2018, appendix A)."""
-    on = stage(behaviour="stale")
-    with torch.no_grad():
-        acted, ours = (who.preferences().softmax(-1) for who in (on.setting.behaviour, on.setting.policy))
-        between = TabularPolicy(*ours.shape, preferences=torch.minimum(acted, ours).log())
-        value = solve(on.setting.mdp, between).value
-    known = on.with_critic(value)
-    target = _vtrace(known, 1.0, 0.7).value_target
-    return known.estimate_of_state(target, value, "v(s) of the policy proportional to min(b(a|s), pi(a|s))")
-
-
-def _on_policy() -> Found:
-    on = stage(unit="fragments", critic="perturbed")
-    expected = lambda_return(on.reward, on.discount, on.next_value, on.cut, trace_decay=0.7, mask=on.mask_if_needed)
-    found = _vtrace(on, 1.0, 1.0, decay=0.7).value_target
-    return identity(found, expected, problem=on.name, target_name="lambda-return, lambda = 0.7, of every step")
 
 
 def _waves(rows: int, length: int) -> tuple[Tensor, Tensor]:

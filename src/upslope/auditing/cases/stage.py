@@ -209,6 +209,20 @@ class Stage:
         """[R, T]."""
         return self.values[1]
 
+    @cached_property
+    def acted(self) -> tuple[Tensor, Tensor]:
+        """eta_b(s) and b(a|s) of the policy that acted."""
+        with torch.no_grad():
+            solution = solve(self.setting.mdp, self.setting.behaviour)
+        return solution.undiscounted_visits, solution.policy
+
+    @property
+    def off_policy_gradient(self) -> Tensor:
+        """sum_s eta_b(s) sum_a grad pi(a|s) A_pi(s,a): states as the one that acted visits them, actions of ours."""
+        policy = self.setting.policy.preferences().softmax(-1)
+        worth = (self.acted[0].unsqueeze(-1) * policy * self.solution.advantage).sum()
+        return torch.autograd.grad(worth, self.setting.parameters)[0].flatten()
+
     @property
     def mask_if_needed(self) -> Tensor | None:
         """None where every step was chosen."""
