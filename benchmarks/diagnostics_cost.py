@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=4, metavar=("RECIPE", "STEPS", "EVERY", "SEED"), help="a single run")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--pairs", type=int, default=7, help="runs of each kind per case")
-    parser.add_argument("--every", type=int, default=1000, help="log.diagnose_every of the runs with diagnostics")
+    parser.add_argument("--every", type=int, default=2000, help="log.diagnose_every of the runs with diagnostics")
     parser.add_argument("--core", type=int, default=0, help="which core to pin every run to")
     options = parser.parse_args()
     if options.one:

@@ -120,7 +120,7 @@ class LogConfig:
     """The W&B project."""
     progress: bool = True
     """Show live progress in the terminal."""
-    diagnose_every: int = 1000
+    diagnose_every: int = 2000
     """Look closely at one update per this many environment steps (or at each, if it takes more); 0 for never."""
 
 
