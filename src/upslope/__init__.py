@@ -1,11 +1,15 @@
 """upslope: policy gradients from the theorem to practice."""
 
 from upslope import estimators as estimators
+from upslope import exact as exact
 from upslope import recipes as recipes
 from upslope.algorithms import A2C as A2C
 from upslope.algorithms import PPO as PPO
 from upslope.algorithms import OneStepActorCritic as OneStepActorCritic
 from upslope.algorithms import Reinforce as Reinforce
+from upslope.auditing import AuditReport as AuditReport
+from upslope.auditing import audit as audit
+from upslope.auditing import audit_loss as audit_loss
 from upslope.collect import EnvironmentConfig as EnvironmentConfig
 from upslope.policies import ActorCritic as ActorCritic
 from upslope.policies import ActorCriticConfig as ActorCriticConfig

@@ -270,6 +270,12 @@ def _diagnose(arguments: list[str]) -> int:
     return act(arguments)
 
 
+def _audit(arguments: list[str]) -> int:
+    from upslope.commands.audit import act
+
+    return act(arguments)
+
+
 def _check_environment(arguments: list[str]) -> int:
     command = parse(CheckEnvironment, arguments, program="upslope check-env")
     from upslope.collect import EnvironmentConfig, check_environment
@@ -392,6 +398,9 @@ _COMMANDS = {
     "evaluate": _Command(takes="RUN [--episodes N]", purpose="judge the policy of a run", act=_evaluate),
     "compare": _Command(takes="RUN... [--out PICTURE]", purpose="compare runs over seeds", act=_compare),
     "diagnose": _Command(takes="RUN", purpose="say what is wrong with a run, if something is", act=_diagnose),
+    "audit": _Command(
+        takes="ALGORITHM|FILE.py:FUNCTION [--problem NAME]", purpose="hold a gradient against the exact one", act=_audit
+    ),
     "check-env": _Command(takes="ID", purpose="check an environment", act=_check_environment),
 }
 

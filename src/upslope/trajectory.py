@@ -78,6 +78,11 @@ class Trajectory:
         cut[:, -1] = True
         return cut
 
+    @property
+    def partial_mask(self) -> Tensor | None:
+        """The mask where it hides something, None where every step was chosen: what estimators take as `mask`."""
+        return None if bool(self.mask.all()) else self.mask
+
     def discount(self, gamma: float) -> Tensor:
         """g_t [B, T]: gamma, or 0 where the step truly terminated."""
         return (~self.terminated).to(self.reward.dtype) * gamma

@@ -80,7 +80,9 @@ def test_a_problem_of_ones_own():
     report = audit(Reinforce(gamma=1.0), named)
     left = float(torch.sigmoid(torch.tensor(0.4, dtype=torch.float64)))
     slope = left * (1 - left)
-    torch.testing.assert_close(report.target, torch.tensor([slope, -slope, 0.0, 0.0], dtype=torch.float64), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        report.target, torch.tensor([slope, -slope, 0.0, 0.0], dtype=torch.float64), atol=1e-7, rtol=0
+    )
     assert report.verdict == "unbiased"
 
 

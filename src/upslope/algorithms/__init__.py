@@ -4,10 +4,10 @@ from upslope.algorithms.actor_critic import A2C as A2C
 from upslope.algorithms.actor_critic import OneStepActorCritic as OneStepActorCritic
 from upslope.algorithms.ppo import PPO as PPO
 from upslope.algorithms.protocol import Algorithm as Algorithm
-from upslope.algorithms.protocol import Loss as Loss
-from upslope.algorithms.protocol import Now as Now
 from upslope.algorithms.protocol import Condition as Condition
 from upslope.algorithms.protocol import GradientName as GradientName
+from upslope.algorithms.protocol import Loss as Loss
+from upslope.algorithms.protocol import Now as Now
 from upslope.algorithms.protocol import Passes as Passes
 from upslope.algorithms.protocol import Target as Target
 from upslope.algorithms.protocol import scheduled as scheduled

@@ -23,7 +23,6 @@ from upslope.estimators import (
     squared_value_error,
     standardise,
     step_mean,
-    td_residual,
     weighted_sum,
 )
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
@@ -62,10 +61,18 @@ class OneStepActorCritic:
         return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
-        """delta_t, times gamma^t if asked for; the critic's target is delta_t + V_t."""
+        """delta_t (GAE at lambda = 0), times gamma^t if asked for; the critic's target is delta_t + V_t."""
         assert value is not None
         assert next_value is not None
-        delta = td_residual(trajectory.reward, trajectory.discount(self.gamma), value, next_value)
+        delta = gae(
+            trajectory.reward,
+            trajectory.discount(self.gamma),
+            value,
+            next_value,
+            trajectory.cut,
+            gae_lambda=0.0,
+            mask=trajectory.partial_mask,
+        )
         weight = discount_weight(trajectory.time, self.gamma, dtype=delta.dtype) if self.discounted_states else 1.0
         return Signal(advantage=delta * weight, value_target=delta + value)
 
@@ -135,8 +142,15 @@ class A2C:
         """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
         assert value is not None
         assert next_value is not None
-        discount = trajectory.discount(self.gamma)
-        advantage = gae(trajectory.reward, discount, value, next_value, trajectory.cut, gae_lambda=self.gae_lambda)
+        advantage = gae(
+            trajectory.reward,
+            trajectory.discount(self.gamma),
+            value,
+            next_value,
+            trajectory.cut,
+            gae_lambda=self.gae_lambda,
+            mask=trajectory.partial_mask,
+        )
         return Signal(advantage=advantage, value_target=advantage + value)
 
     def prepare(self, batch: Batch) -> Batch:

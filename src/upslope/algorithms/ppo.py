@@ -130,8 +130,15 @@ class PPO:
         """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
         assert value is not None
         assert next_value is not None
-        discount = trajectory.discount(self.gamma)
-        advantage = gae(trajectory.reward, discount, value, next_value, trajectory.cut, gae_lambda=self.gae_lambda)
+        advantage = gae(
+            trajectory.reward,
+            trajectory.discount(self.gamma),
+            value,
+            next_value,
+            trajectory.cut,
+            gae_lambda=self.gae_lambda,
+            mask=trajectory.partial_mask,
+        )
         return Signal(advantage=advantage, value_target=advantage + value)
 
     def prepare(self, batch: Batch) -> Batch:

@@ -27,7 +27,6 @@ from upslope.estimators import (
     score_function,
     squared_value_error,
     standardise,
-    td_residual,
     total_reward,
     trajectory_sum,
     weighted_sum,
@@ -98,25 +97,23 @@ class Reinforce:
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
         """Psi_t by the chosen row of the table, times gamma^t if asked for."""
         reward, cut, discount = trajectory.reward, trajectory.cut, trajectory.discount(self.gamma)
-        target = None
+        mask, target = trajectory.partial_mask, None
         if self.psi == "total_reward":
-            psi = total_reward(reward, discount, cut)
+            psi = total_reward(reward, discount, cut, mask=mask)
         elif self.psi == "reward_to_go":
-            psi = reward_to_go(reward, discount, cut)
+            psi = reward_to_go(reward, discount, cut, mask=mask)
         else:
             assert value is not None
             assert next_value is not None
             if self.psi == "baselined":
-                target = reward_to_go(reward, discount, cut, bootstrap=next_value)
+                target = reward_to_go(reward, discount, cut, bootstrap=next_value, mask=mask)
                 psi = baselined(target, value)
             else:
-                target = lambda_return(reward, discount, next_value, cut, trace_decay=self.gae_lambda)
-                if self.psi == "action_value":
-                    psi = target
-                elif self.psi == "advantage":
-                    psi = gae(reward, discount, value, next_value, cut, gae_lambda=self.gae_lambda)
-                else:
-                    psi = td_residual(reward, discount, value, next_value)
+                decay = 0.0 if self.psi == "td_residual" else self.gae_lambda
+                target = lambda_return(reward, discount, next_value, cut, trace_decay=self.gae_lambda, mask=mask)
+                psi = target
+                if self.psi != "action_value":
+                    psi = gae(reward, discount, value, next_value, cut, gae_lambda=decay, mask=mask)
         if self.discounted_states and self.psi != "total_reward":
             psi = psi * discount_weight(trajectory.time, self.gamma, dtype=psi.dtype)
         return Signal(advantage=psi, value_target=target)

@@ -147,7 +147,7 @@ def _setting(
         if algorithm.gamma != 1.0:
             raise UsageError(f"completions have no discount: set gamma to 1 (it is {algorithm.gamma})")
         if given.limit is not None:
-            raise UsageError("a completion problem has its own length limit, which is part of the task: leave limit out")
+            raise UsageError("a completion problem has a length limit of its own: leave limit out")
         stale = given.behaviour == "stale"
         setting = TokenSetting.build(on, size=1, critic=given.critic, stale=stale, rows=rows, seed=seed)
         return setting, replace(given, limit_in_task=True, unit="episodes")

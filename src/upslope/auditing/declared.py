@@ -1,4 +1,4 @@
-"""Whether what an algorithm declares holds: what its target says of a setting, and which settings put it to the test."""
+"""What an algorithm's target says of given circumstances, and the circumstances that put it to the test."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.algorithms import Algorithm, Condition, Target
-from upslope.auditing.setting import Behaviour, Critic, FiniteSetting, Unit
+from upslope.auditing.setting import Behaviour, Critic, Unit
 
 _BROKEN: dict[Condition, str] = {
     "exact_critic": "the critic is wrong",
     "exact_critic_at_limit": "the critic is wrong where a limit cuts trajectories",
     "on_policy": "another policy acted",
-    "fixed_steps": "whole trajectories of unequal length are averaged by step: a ratio, whose bias falls with their number",
+    "fixed_steps": "whole trajectories of unequal length are averaged by step: a ratio, biased less the more there are",
     "no_time_limit": "a time limit cuts episodes, and what would follow counts as 0",
 }
 

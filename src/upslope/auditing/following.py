@@ -258,17 +258,8 @@ def _compare(candidate: Candidate, mean: Tensor) -> Comparison:
 
 
 def _nothing_left(moments: Moments, rest: Tensor, *, scale: float) -> bool:
-    """Whether the rest is rounding, or what the drawn batches cannot tell from 0.
-
-    Of drawn batches, |rest|^2 is held against tr C times chi-squared over its degrees of freedom, (tr C)^2 / tr C^2
-    (Satterthwaite), with C the covariance of the mean: a test for as many parameters as there may be.
-    """
-    covariance = moments.covariance_of_mean
-    if covariance is None:
-        return float(rest.norm()) <= ROUNDING * scale
-    trace = float(covariance.diagonal().sum())
-    if trace == 0.0:
-        return float(rest.norm()) <= ROUNDING * scale
-    freedom = trace**2 / float(covariance.square().sum())
-    half = torch.tensor([freedom, freedom * float(rest @ rest) / trace], dtype=torch.float64) / 2
-    return float(torch.special.gammaincc(half[0], half[1])) > _CONSISTENT
+    """Whether the rest is rounding, or what the drawn batches cannot tell from 0."""
+    rounding = ROUNDING * scale
+    if moments.exact:
+        return float(rest.norm()) <= rounding
+    return moments.p_value(rest, rounding=rounding) > _CONSISTENT

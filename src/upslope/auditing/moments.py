@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,19 +17,59 @@ class Moments:
     Attributes:
         mean: [P].
         variance: E |g - E g|^2 of one batch (the trace of its covariance).
-        covariance_of_mean: [P, P] of the estimated mean; None where the mean is exact.
-        draws: independent blocks behind `covariance_of_mean`; 0 where the mean is exact.
+        spread: [N, P] deviations of the N independent blocks behind an estimated mean, scaled so that spread' spread is
+            the covariance of the mean; None where the mean is exact.
     """
 
     mean: Tensor
     variance: float
-    covariance_of_mean: Tensor | None = None
-    draws: int = 0
+    spread: Tensor | None = None
 
     @property
     def exact(self) -> bool:
         """Whether every batch was weighted, so that nothing is left to chance."""
-        return self.covariance_of_mean is None
+        return self.spread is None
+
+    @property
+    def covariance_of_mean(self) -> Tensor | None:
+        """[P, P] of the estimated mean; None where it is exact."""
+        return None if self.spread is None else self.spread.mT @ self.spread
+
+    @property
+    def variance_of_mean(self) -> float:
+        """The trace of that, 0 where the mean is exact."""
+        return 0.0 if self.spread is None else float(self.spread.square().sum())
+
+    def p_value(self, deviation: Tensor, *, rounding: float) -> float:
+        """Chance that an estimated mean is at least this far off, if it is right on average.
+
+        Hotelling's statistic over the directions in which the batches vary, as chi-squared; where there are too many of
+        those for the batches at hand, the squared length with Satterthwaite's degrees of freedom. Being off in a
+        direction in which nothing varies is certain.
+
+        Args:
+            deviation: [P] of the mean from what it is held to be.
+            rounding: a length below which a deviation is rounding.
+
+        Raises:
+            ValueError: if the mean is exact.
+        """
+        if self.spread is None:
+            raise ValueError("an exact mean has no p-value")
+        squared = float(deviation @ deviation)
+        values, vectors = torch.linalg.eigh(self.spread @ self.spread.mT)
+        kept = values > 1e-10 * values[-1]
+        rank, draws = int(kept.sum()), len(self.spread)
+        if rank == 0:
+            return float(squared <= rounding**2)
+        if 4 * rank >= draws:
+            total, squares = float(values.sum()), float(values.square().sum())
+            return _chi_squared_tail(total**2 / squares, squared * total / squares)
+        along = (vectors[:, kept].mT @ (self.spread @ deviation)).square() / values[kept]
+        if squared - float(along.sum()) > rounding**2:
+            return 0.0
+        shrink = (draws - rank - 2) / (draws - 1)
+        return _chi_squared_tail(rank, shrink * float((along / values[kept]).sum()))
 
 
 def exact_moments(weighted: Iterable[tuple[float, Tensor]]) -> Moments:
@@ -70,10 +111,10 @@ def sampled_moments(ascents: Tensor, *, blocks: int = 200) -> Moments:
     means = ascents[: count * length].to(torch.float64).view(count, length, -1).mean(1)
     mean = means.mean(0)
     deviation = means - mean
-    covariance = deviation.T @ deviation / (count - 1)
-    return Moments(
-        mean=mean,
-        variance=float(covariance.diagonal().sum()) * length,
-        covariance_of_mean=covariance / count,
-        draws=count,
-    )
+    variance = float(deviation.square().sum()) / (count - 1) * length
+    return Moments(mean=mean, variance=variance, spread=deviation / math.sqrt(count * (count - 1)))
+
+
+def _chi_squared_tail(degrees: float, statistic: float) -> float:
+    half = torch.tensor([degrees / 2, max(statistic, 0.0) / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))

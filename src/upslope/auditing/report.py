@@ -64,30 +64,16 @@ class AuditReport:
     @property
     def interval(self) -> tuple[float, float]:
         """95% confidence interval of the relative bias: a point where it is exact."""
-        if self.moments.covariance_of_mean is None:
+        if self.moments.exact:
             return self.relative_bias, self.relative_bias
-        margin = 1.96 * math.sqrt(float(self.moments.covariance_of_mean.diagonal().sum())) / float(self.target.norm())
+        margin = 1.96 * math.sqrt(self.moments.variance_of_mean) / float(self.target.norm())
         return max(self.relative_bias - margin, 0.0), self.relative_bias + margin
 
     @property
     def p_value(self) -> float | None:
-        """Chance of a bias at least this large if there were none; None where it is exact.
-
-        Hotelling's statistic over the directions in which the batches vary, as chi-squared.
-        """
-        covariance = self.moments.covariance_of_mean
-        if covariance is None:
-            return None
-        values, vectors = torch.linalg.eigh(covariance)
-        kept = values > 1e-10 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-        rank, draws = int(kept.sum()), self.moments.draws
-        if rank == 0 or draws <= rank + 2:
-            return float(self.relative_bias < EXACT_TOLERANCE)
-        along = vectors[:, kept].T @ self.bias
-        shrink = (draws - rank - 2) / (draws - 1)
-        statistic = shrink * float((along.square() / values[kept]).sum())
-        half = torch.tensor([rank / 2, statistic / 2], dtype=torch.float64)
-        return float(torch.special.gammaincc(half[0], half[1]))
+        """Chance of a bias at least this large if there were none; None where it is exact."""
+        rounding = 1e-5 * float(self.target.norm())
+        return None if self.moments.exact else self.moments.p_value(self.bias, rounding=rounding)
 
     @property
     def z(self) -> float | None:
@@ -186,8 +172,8 @@ class AuditReport:
             f"  method               {method}",
             f"  bias                 {self.relative_bias:.3g} of the gradient's length{spread}",
             f"  cosine               {self.cosine:.6f}",
-            f"  variance             {self.variance_per_trajectory:.4g} per trajectory, {self.variance_per_step:.4g} per "
-            "step (of the squared length)",
+            f"  variance             {self.variance_per_trajectory:.4g} per trajectory, {self.variance_per_step:.4g} "
+            "per step (of the squared length)",
             f"  mean squared error   {self.mean_squared_error:.4g} per batch",
             f"  signal to noise      {self.signal_to_noise:.4g} per trajectory",
             f"  trajectories needed  {math.ceil(self.trajectories_needed()):,} for a standard error of 10%",

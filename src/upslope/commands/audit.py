@@ -74,23 +74,46 @@ def act(arguments: Sequence[str]) -> int:
         return _all(command, console)
     if command.subject is None:
         raise UsageError("name an algorithm, for example `upslope audit reinforce --problem six-state`, or give --all")
-    report = _own_loss(command, rest) if ":" in command.subject else _algorithm(command, rest)
+    if ":" in command.subject:
+        return _own_loss(command, rest, console)
+    report = _algorithm(command, rest)
     console.print(Text(str(report)), soft_wrap=True)
-    if command.json is not None:
-        command.json.parent.mkdir(parents=True, exist_ok=True)
-        command.json.write_text(json.dumps(report.tree(), indent=2) + "\n", "utf-8")
+    _write(command, report.tree())
     broken = report.declared == "unbiased" and report.verdict == "biased"
     return NOT_AS_DECLARED if broken else DONE
 
 
+def _own_loss(command: Audit, rest: Sequence[str], console: Console) -> int:
+    from upslope.auditing import audit_loss
+    from upslope.auditing.loss import load_loss
+
+    assert command.subject is not None
+    if rest:
+        raise UsageError(f"a function of your own has no settings here; got {' '.join(rest)}")
+    if (command.critic, command.behaviour, command.limit) != ("exact", "on_policy", None):
+        raise UsageError("critic, behaviour and limit are for algorithms: give a loss a setting of its own in Python")
+    problem = command.problem or "tokens"
+    found = audit_loss(load_loss(command.subject), problem, samples=command.samples, seed=command.seed)
+    console.print(Text(str(found)), soft_wrap=True)
+    _write(command, found.tree())
+    return DONE
+
+
+def _write(command: Audit, tree: object) -> None:
+    if command.json is not None:
+        command.json.parent.mkdir(parents=True, exist_ok=True)
+        command.json.write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
+
+
 def _algorithm(command: Audit, settings: list[str]) -> AuditReport:
     from upslope.auditing import Circumstances, audit
-    from upslope.exact import problem
+    from upslope.exact import PROBLEMS, problem
 
     assert command.subject is not None
     name = command.problem or "six-state"
+    gamma = problem(name).mdp.gamma if name in PROBLEMS else 1.0
     algorithm = parse_over(
-        _named(command.subject, gamma=problem(name).mdp.gamma),
+        _named(command.subject, gamma=gamma),
         settings,
         program=f"upslope audit {command.subject}",
         description="Settings of the algorithm under audit.",
@@ -143,8 +166,8 @@ def _all(command: Audit, console: Console) -> int:
     subjects = len({row.case.subject for row in rows})
     exact = sum(row.report.moments.exact for row in rows)
     console.print(
-        f"{len(rows)} rows of {subjects} estimators and algorithms in {time.monotonic() - start:.0f} s, {exact} exact and "
-        f"{len(rows) - exact} sampled: {len(rows) - len(wrong)} as declared, {len(wrong)} not",
+        f"{len(rows)} rows of {subjects} estimators and algorithms in {time.monotonic() - start:.0f} s, {exact} exact "
+        f"and {len(rows) - exact} sampled: {len(rows) - len(wrong)} as declared, {len(wrong)} not",
         highlight=False,
         soft_wrap=True,
     )
@@ -161,9 +184,11 @@ def _all(command: Audit, console: Console) -> int:
 
 
 def _list_problems(console: Console) -> None:
-    from upslope.exact import PROBLEMS, problem
+    from upslope.exact import PROBLEMS, TOKEN_PROBLEMS, problem
 
     table = RichTable.grid(padding=(0, 2))
     for name in PROBLEMS:
         table.add_row(Text(name, style="cyan"), problem(name).summary)
+    for name in TOKEN_PROBLEMS:
+        table.add_row(Text(name, style="cyan"), "completions of prompts, with end tokens, a length limit and rewards")
     console.print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,28 +11,13 @@ import numpy as np
 
 from upslope.errors import UsageError
 from upslope.report.compare import DEFAULT_METRIC, Comparison, Group, compare, describe_metric
+from upslope.report.style import COLOURS, STYLE, need_matplotlib
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Told apart by colour-blind readers too (Okabe and Ito)."""
 _FORMATS = (".png", ".svg", ".pdf")
 _LINE, _HANDLE = 90, 6
 """Characters that fit below the axes, and those that a label's sample of its line takes."""
 _LINE_HEIGHT = 0.2
 """Inches of one line of the legend."""
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#444444",
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "svg.hashsalt": "upslope",
-    "savefig.dpi": 160,
-}
 
 
 def learning_curve(
@@ -62,23 +46,22 @@ def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Pat
     """
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"a picture ends in {', '.join(_FORMATS)}, got {path.name!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'upslope[report]'")
+    need_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
         for index, group in enumerate(comparison.groups):
-            _draw_group(axes, group, _COLOURS[index % len(_COLOURS)])
+            _draw_group(axes, group, COLOURS[index % len(COLOURS)])
         runs = [run for group in comparison.groups for run in group.runs]
         if len(runs) == 1 and comparison.metric.endswith("_mean"):
             axes.plot(
                 runs[0].training_steps,
                 runs[0].training_returns,
-                color=_COLOURS[0],
+                color=COLOURS[0],
                 alpha=0.4,
                 linewidth=1.2,
                 label=describe_metric("episode_return"),
