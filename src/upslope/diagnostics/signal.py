@@ -45,18 +45,19 @@ def psi_variances(
         Scalars: "psi" and the alternatives by name.
     """
     reward, cut, discount, mask = trajectory.reward, trajectory.cut, trajectory.discount(gamma), trajectory.mask
+    hidden = None if bool(mask.all()) else mask
     choices = {"psi": psi}
     if value is None or next_value is None:
-        choices["total_reward"] = total_reward(reward, discount, cut)
-        choices["reward_to_go"] = reward_to_go(reward, discount, cut)
+        choices["total_reward"] = total_reward(reward, discount, cut, mask=hidden)
+        choices["reward_to_go"] = reward_to_go(reward, discount, cut, mask=hidden)
     else:
-        baselined = gae(reward, discount, value, next_value, cut, gae_lambda=1.0)
+        baselined = gae(reward, discount, value, next_value, cut, gae_lambda=1.0, mask=hidden)
         choices["reward_to_go"] = baselined + value
         choices["baselined"] = baselined
         choices["td_residual"] = td_residual(reward, discount, value, next_value)
-        choices["gae"] = gae(reward, discount, value, next_value, cut, gae_lambda=GAE_LAMBDA)
+        choices["gae"] = gae(reward, discount, value, next_value, cut, gae_lambda=GAE_LAMBDA, mask=hidden)
     chosen = torch.stack(list(choices.values())).flatten(1)
-    if not bool(mask.all()):
+    if hidden is not None:
         chosen = chosen[:, mask.flatten()]
     return dict(zip(choices, chosen.var(1, unbiased=False), strict=True))
 
