@@ -246,12 +246,9 @@ def spread(rows: Trajectory, generator: torch.Generator, *, after_ends: bool) ->
         return filled.index_copy(0, index, tensor.flatten()).view(ROWS, 3 * STEPS)
 
     assert isinstance(rows.observation, Tensor)
-    hidden_as_next = move(rows.observation, -1)
-    for t in reversed(range(3 * STEPS - 1)):
-        hidden_as_next[:, t] = torch.where(hidden_as_next[:, t] < 0, hidden_as_next[:, t + 1], hidden_as_next[:, t])
     return replace(
         rows,
-        observation=hidden_as_next,
+        observation=move(rows.observation, STATES - 1),
         action=move(rows.action, 0),
         reward=move(rows.reward, 1e3),
         terminated=move(rows.terminated, False),

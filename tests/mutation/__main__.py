@@ -6,18 +6,24 @@ import sys
 import time
 from collections import Counter
 
-from harness import Workshop
+from harness import MutantError, Workshop
 from mutants import MUTANTS
 
 
 def main(words: str) -> int:
-    """Ask for each mutant; returns how many nobody saw."""
+    """Ask for each mutant; returns how many nobody saw, or that could not be made."""
     chosen = [mutant for mutant in MUTANTS if words in mutant.name]
     counts: Counter[str] = Counter()
     begin = time.perf_counter()
     with Workshop() as workshop:
         for mutant in chosen:
-            caught = [finding for finding in workshop.ask(mutant.killers, mutant) if finding.failed is not None]
+            try:
+                findings = workshop.ask(mutant.killers, mutant)
+            except MutantError as error:
+                counts["cannot be made"] += 1
+                print(f"    {error}")
+                continue
+            caught = [finding for finding in findings if finding.failed is not None]
             kinds = sorted({finding.kind for finding in caught})
             counts[" and ".join(kinds) or "nobody"] += 1
             print(f"{mutant.name} ({mutant.module.removeprefix('upslope.')}): {mutant.breaks}")
@@ -29,7 +35,7 @@ def main(words: str) -> int:
     print(f"\n{len(chosen)} mutants in {time.perf_counter() - begin:.0f} s; seen by")
     for who, count in counts.most_common():
         print(f"    {who}: {count}")
-    return counts["nobody"]
+    return counts["nobody"] + counts["cannot be made"]
 
 
 if __name__ == "__main__":

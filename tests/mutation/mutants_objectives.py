@@ -32,7 +32,7 @@ IN_OBJECTIVES = (
         "return (log_prob - behaviour_log_prob.detach()).exp() * psi.detach()",
         "return (behaviour_log_prob.detach() - log_prob).exp() * psi.detach()",
         "behaviour over target",
-        ("importance_weighted: the policy acted, no cap",),
+        ("importance_weighted",),
         ("test_importance_weights_have_mean_1_and_correct_the_expectation",),
     ),
     Mutant(
@@ -41,7 +41,7 @@ IN_OBJECTIVES = (
         ".exp().clamp(max=cap)",
         ".exp()",
         "weights are not truncated",
-        ("importance_weighted: another policy acted, cap 1.1",),
+        ("importance_weighted",),
         ("test_truncated_weights_underestimate",),
     ),
     Mutant(
@@ -50,7 +50,7 @@ IN_OBJECTIVES = (
         "weight = (log_prob.detach() - behaviour_log_prob.detach()).exp()",
         "weight = (log_prob - behaviour_log_prob.detach()).exp()",
         "the product rule where the weight is a number",
-        ("importance_weighted: the policy acted, cap 1.1",),
+        ("importance_weighted",),
         ("test_at_ratio_1_every_surrogate_has_the_vanilla_gradient",),
     ),
     Mutant(
@@ -68,7 +68,7 @@ IN_OBJECTIVES = (
         "ratio.clamp(1.0 - low, 1.0 + high)",
         "ratio.clamp(1.0 - min(high, 1.0), 1.0 + low)",
         "low above and high below",
-        ("clipped: clip 0.1 and 0.15, held against what it does follow",),
+        ("clipped",),
         ("test_the_clip_is_pessimistic_and_stops_the_gradient_only_where_it_helps",),
     ),
     Mutant(
@@ -77,7 +77,7 @@ IN_OBJECTIVES = (
         "ratio.clamp(1.0 - low, 1.0 + high) * advantage",
         "ratio * advantage",
         "no clip",
-        ("clipped: clip 0.1 and 0.15, held against what it does follow",),
+        ("clipped",),
         ("test_the_clip_is_pessimistic_and_stops_the_gradient_only_where_it_helps",),
     ),
     Mutant(
@@ -86,7 +86,7 @@ IN_OBJECTIVES = (
         "torch.where(advantage < 0, torch.maximum(surrogate, dual_clip * advantage), surrogate)",
         "torch.maximum(surrogate, dual_clip * advantage)",
         "positive advantages lose their gradient",
-        ("clipped: the policy acted, dual clip",),
+        ("clipped",),
         ("test_at_ratio_1_every_surrogate_has_the_vanilla_gradient",),
     ),
     Mutant(
@@ -95,7 +95,7 @@ IN_OBJECTIVES = (
         "ratio = (log_prob - proximal_log_prob.detach()).exp()",
         "ratio = (proximal_log_prob.detach() - log_prob).exp()",
         "old over new",
-        ("clipped: the policy acted, clip 0.2 and 0.2",),
+        ("clipped",),
         ("test_at_ratio_1_every_surrogate_has_the_vanilla_gradient",),
     ),
     Mutant(
@@ -113,7 +113,7 @@ IN_OBJECTIVES = (
         "weight = (log_prob.detach() - proximal_log_prob.detach()).exp()",
         "weight = (log_prob - proximal_log_prob.detach()).exp()",
         "the product rule where the weight is a number",
-        ("cispo: the policy acted, cap 1.2",),
+        ("cispo",),
         ("test_at_ratio_1_every_surrogate_has_the_vanilla_gradient",),
     ),
     Mutant(
@@ -122,7 +122,7 @@ IN_OBJECTIVES = (
         ".clamp(floor, 1.0 + high)",
         ".clamp(min=floor)",
         "weights are not truncated",
-        ("cispo: another policy acted, floor 0, cap 1.15, held",),
+        ("cispo",),
         ("test_the_clip_is_pessimistic_and_stops_the_gradient_only_where_it_helps",),
     ),
     Mutant(
