@@ -13,7 +13,7 @@ from identity_strategies import PROPERTY, SEEDS, close, normal
 from torch import Tensor
 
 from upslope.algorithms import A2C, PPO, Algorithm, Now, OneStepActorCritic, Reinforce
-from upslope.estimators import conjugate_gradient
+from upslope.estimators import conjugate_gradient, hinge, sequence_log_prob, sequence_log_ratio, vtrace
 from upslope.exact import TabularPolicy
 from upslope.train.step import learn
 from upslope.trajectory import Trajectory
@@ -23,13 +23,13 @@ EPSILON = 1e-8
 COMMON = {"gamma": GAMMA, "value_coefficient": 0.3, "entropy_coefficient": 0.07}
 CLIPPED = PPO(**COMMON, epochs=2, minibatches=1, normalize_advantage=False, gae_lambda=0.8)
 ALGORITHMS: dict[str, Algorithm] = {
-    "total reward": Reinforce(**COMMON, psi="total_reward"),
-    "total reward, gamma^t asked for": Reinforce(**COMMON, psi="total_reward", discounted_states=True),
-    "reward to go, standardised": Reinforce(**COMMON, normalize_advantage=True),
-    "baselined": Reinforce(**COMMON, psi="baselined", discounted_states=True),
-    "action value": Reinforce(**COMMON, psi="action_value", gae_lambda=0.6),
-    "advantage": Reinforce(**COMMON, psi="advantage", gae_lambda=0.6, discounted_states=True),
-    "td residual": Reinforce(**COMMON, psi="td_residual", gae_lambda=0.6),
+    "reinforce: total reward": Reinforce(**COMMON, psi="total_reward"),
+    "reinforce: total reward, gamma^t asked for": Reinforce(**COMMON, psi="total_reward", discounted_states=True),
+    "reinforce: reward to go, standardised": Reinforce(**COMMON, normalize_advantage=True),
+    "reinforce: baselined": Reinforce(**COMMON, psi="baselined", discounted_states=True),
+    "reinforce: action value": Reinforce(**COMMON, psi="action_value", gae_lambda=0.6),
+    "reinforce: advantage": Reinforce(**COMMON, psi="advantage", gae_lambda=0.6, discounted_states=True),
+    "reinforce: td residual": Reinforce(**COMMON, psi="td_residual", gae_lambda=0.6),
     "one step": OneStepActorCritic(**COMMON),
     "one step, gamma^t kept": OneStepActorCritic(**COMMON, discounted_states=True),
     "a2c": A2C(**COMMON, gae_lambda=0.8),
@@ -286,3 +286,47 @@ def test_conjugate_gradient_takes_as_many_iterations_as_there_are_eigenvalues(se
     if distinct > 1:
         early = conjugate_gradient(matrix.mv, b, iterations=distinct - 1, tolerance=0.0)
         assert float((early - exact).norm() / exact.norm()) > 1e-6
+
+
+@PROPERTY
+@given(SEEDS, st.floats(0.1, 3.0))
+def test_the_hinge_is_satisfied_beyond_a_margin_of_1(seed: int, beta: float) -> None:
+    """Below it the loss falls by what D grows; beyond it there is neither loss nor gradient."""
+    chosen, rejected = normal(seed, 6).requires_grad_(), normal(seed + 1, 6)
+    margin = beta * (chosen.detach() - rejected)
+    loss = hinge(chosen, rejected, beta=beta)
+    close(loss, torch.where(margin < 1, 1 - margin, 0.0))
+    close(torch.autograd.grad(loss.sum(), chosen)[0], -beta * (margin < 1).double())
+
+
+@PROPERTY
+@given(SEEDS)
+def test_a_sequence_is_the_sum_or_the_mean_of_its_chosen_steps(seed: int) -> None:
+    log_prob, other, mask = normal(seed, 4, 7), normal(seed + 1, 4, 7), normal(seed + 2, 4, 7) > 0
+    hidden = log_prob.masked_fill(~mask, torch.nan)
+    for row, chosen in enumerate(mask):
+        count = max(int(chosen.sum()), 1)
+        total, difference = log_prob[row, chosen].sum(), (log_prob - other)[row, chosen].sum()
+        close(sequence_log_prob(hidden, mask)[row], total)
+        close(sequence_log_prob(hidden, mask, length_normalised=True)[row], total / count)
+        close(sequence_log_ratio(hidden, other, mask, length_normalised=False)[row], difference)
+        close(sequence_log_ratio(hidden, other, mask)[row], difference / count)
+
+
+@PROPERTY
+@given(SEEDS, st.sampled_from([0.0, 0.7, 1.0]))
+def test_vtrace_passes_over_a_hidden_step(seed: int, decay: float) -> None:
+    """Left out or hidden, a step changes nothing for the others; its V' is what the step before it sees."""
+    log_prob, behaviour, reward, value = (0.5 * normal(seed + number, 1, 5) for number in range(4))
+    discount, cut = torch.full((1, 5), 0.9, dtype=torch.float64), torch.tensor([[False] * 4 + [True]])
+    following = torch.cat((value[:, 1:], normal(seed + 4, 1, 1)), -1)
+    for hidden in range(1, 4):
+        kept = torch.arange(5) != hidden
+        seen = following.clone()
+        seen[:, hidden - 1] = following[:, hidden]
+        whole = vtrace(
+            *(log_prob, behaviour, reward, discount, value, following, cut), trace_decay=decay, mask=kept.unsqueeze(0)
+        )
+        parts = (part[:, kept] for part in (log_prob, behaviour, reward, discount, value, seen, cut))
+        for one, two in zip(whole, vtrace(*parts, trace_decay=decay), strict=True):
+            close(one[:, kept], two)

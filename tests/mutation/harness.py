@@ -7,6 +7,7 @@ the mutated functions get new code in place, so that whoever imported them sees 
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import inspect
 import json
@@ -42,7 +43,7 @@ class Mutant:
         new: what stands in its place.
         breaks: what that does, in words.
         rows: rows of the audit that should see it: "subject", or "subject: words of the setting".
-        identities: tests in tests/identities that should see it.
+        identities: tests in tests/identities that should see it: "test", or "test[words of its parameters]".
     """
 
     name: str
@@ -216,14 +217,16 @@ class Killers:
         return Finding(killer, "audit")
 
     def _identity(self, killer: str) -> Finding:
-        found = [getattr(module, killer) for module in self._modules if killer in vars(module)]
-        if not found:
+        test, _, words = killer.rstrip("]").partition("[")
+        found = [getattr(module, test) for module in self._modules if test in vars(module)]
+        cases = [each for each in _parametrised(found[0]) if words in _label(each)] if found else []
+        if not cases:
             raise MutantError(f"tests/identities has no test {killer!r}")
-        for arguments in _parametrised(found[0]):
+        for arguments in cases:
             try:
                 found[0](**arguments)
             except (Exception, pytest.fail.Exception) as error:
-                where = ", ".join(f"{name}={value}" for name, value in arguments.items()) or "an example"
+                where = _label(arguments) or "an example"
                 crashed = not isinstance(error, AssertionError | pytest.fail.Exception)
                 return Finding(killer, "identity", where, crashed, _words(error))
         return Finding(killer, "identity")
@@ -239,6 +242,10 @@ def _parametrised(test: Callable[..., None]) -> Iterator[dict[str, object]]:
         values = [dict(zip(names, each if several else (each,), strict=True)) for each in mark.args[1]]
         cases = [{**case, **value} for case in cases for value in values]
     yield from cases
+
+
+def _label(arguments: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def _words(error: BaseException) -> str:
@@ -264,6 +271,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     killers = Killers()
+    gc.freeze()
     for line in sys.stdin:
         question = json.loads(line)
         mutant = Mutant(**question["mutant"]) if question["mutant"] else None

@@ -59,7 +59,7 @@ IN_OBJECTIVES = (
         "surrogate = torch.minimum(",
         "surrogate = torch.maximum(",
         "max for min",
-        ("clipped_ratio",),
+        ("clipped",),
         ("test_the_clip_is_pessimistic_and_stops_the_gradient_only_where_it_helps",),
     ),
     Mutant(
@@ -141,10 +141,7 @@ IN_OBJECTIVES = (
         "total = log_prob.sum(-1)",
         "padding is part of the sequence",
         ("sequence_log_prob",),
-        (
-            "test_sequence_ratios_have_mean_1_and_correct_the_expectation",
-            "test_padding_with_nan_left_and_right_changes_no_estimate",
-        ),
+        ("test_a_sequence_is_the_sum_or_the_mean_of_its_chosen_steps",),
     ),
     Mutant(
         "sequence_log_prob by padded length",
@@ -153,7 +150,7 @@ IN_OBJECTIVES = (
         "total / mask.shape[-1]",
         "the row's length for that of the sequence",
         ("sequence_log_prob", "sequence_log_ratio"),
-        ("test_padding_with_nan_left_and_right_changes_no_estimate",),
+        ("test_a_sequence_is_the_sum_or_the_mean_of_its_chosen_steps",),
     ),
     Mutant(
         "kl_penalised rewards distance",
@@ -366,7 +363,7 @@ IN_PREFERENCE = (
         "(1.0 - _margin(chosen_log_ratio, rejected_log_ratio, beta))",
         "never satisfied",
         ("hinge",),
-        ("test_every_paired_loss_sees_the_difference_alone",),
+        ("test_the_hinge_is_satisfied_beyond_a_margin_of_1",),
     ),
     Mutant(
         "simpo adds its margin",
