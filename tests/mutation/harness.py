@@ -271,11 +271,25 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     killers = Killers()
+    _warm_up()
     gc.freeze()
     for line in sys.stdin:
         question = json.loads(line)
         mutant = Mutant(**question["mutant"]) if question["mutant"] else None
         print(_in_a_child(killers, mutant, tuple(question["killers"])), flush=True)
+
+
+def _warm_up() -> None:
+    """What every child would otherwise load for itself: nothing here touches the code under test."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    @settings(max_examples=5, database=None, derandomize=True)
+    @given(st.integers(), st.floats(), st.lists(st.booleans()), st.data())
+    def draw(number: int, real: float, flags: list[bool], data: st.DataObject) -> None:
+        data.draw(st.sampled_from([number, real, len(flags)]))
+
+    draw()
 
 
 def _in_a_child(killers: Killers, mutant: Mutant | None, names: tuple[str, ...]) -> str:

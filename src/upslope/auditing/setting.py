@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -34,6 +36,9 @@ Critic: TypeAlias = Literal["exact", "perturbed"]
 
 Behaviour: TypeAlias = Literal["on_policy", "stale"]
 """Who acted: the policy differentiated, or one with other parameters."""
+
+_AT_ONCE = 16
+"""Batches of whole episodes that are collected at once: an environment goes on to its next episode."""
 
 
 class Setting(Protocol):
@@ -192,18 +197,18 @@ class FiniteSetting:
     def drawn(self, batches: int, seed: int) -> Iterator[Trajectory]:
         """Batches from the collector that training uses; of fragments, the first tenth is not shown."""
         environments = FiniteVectorEnvironment(self.mdp, self.rows, time_limit=self.limit)
-        fragments = self.unit == "fragments"
-        collector = EnvironmentCollector(
-            environments,
-            steps=self.row_steps if fragments else None,
-            episodes=None if fragments else self.rows,
-            seed=seed,
-        )
-        before = batches // 10 if fragments else 0
-        for update in range(before + batches):
-            trajectory = collector.collect(self.behaviour, update)
-            if update >= before:
-                yield replace(trajectory, reward=trajectory.reward.to(torch.float64))
+        if self.unit == "episodes":
+            collector = EnvironmentCollector(environments, episodes=_AT_ONCE * self.rows, seed=seed)
+            updates = (collector.collect(self.behaviour, update) for update in range(math.ceil(batches / _AT_ONCE)))
+            pieces = (_piece(trajectory, part, self.rows) for trajectory in updates for part in range(_AT_ONCE))
+            shown = islice(pieces, batches)
+        else:
+            collector = EnvironmentCollector(environments, steps=self.row_steps, seed=seed)
+            before = batches // 10
+            updates = (collector.collect(self.behaviour, update) for update in range(before + batches))
+            shown = islice(updates, before, None)
+        for trajectory in shown:
+            yield replace(trajectory, reward=trajectory.reward.to(torch.float64))
 
     def exact_gradient(self, target: Target) -> Tensor:
         """[P] what a declared target is here."""
@@ -212,6 +217,28 @@ class FiniteSetting:
         )
         scale = target.factor if target.per == "trajectory" else target.factor / self.mean_length
         return gradient * scale
+
+
+def _piece(trajectory: Trajectory, part: int, rows: int) -> Trajectory:
+    """Some of the rows of whole episodes."""
+    steps = trajectory.reward.shape[1]
+    here = slice(part * rows, (part + 1) * rows)
+    last = (trajectory.final_index >= here.start * steps) & (trajectory.final_index < here.stop * steps)
+    assert isinstance(trajectory.observation, Tensor)
+    assert isinstance(trajectory.final_observation, Tensor)
+    return replace(
+        trajectory,
+        observation=trajectory.observation[here],
+        action=trajectory.action[here],
+        reward=trajectory.reward[here],
+        terminated=trajectory.terminated[here],
+        truncated=trajectory.truncated[here],
+        mask=trajectory.mask[here],
+        behaviour_log_prob=trajectory.behaviour_log_prob[here],
+        time=trajectory.time[here],
+        final_observation=trajectory.final_observation[last],
+        final_index=trajectory.final_index[last] - here.start * steps,
+    )
 
 
 def actor_parameters(mdp: FiniteMDP, policy: StatePolicy) -> tuple[nn.Parameter, ...]:

@@ -64,6 +64,9 @@ class Audit:
 def act(arguments: Sequence[str]) -> int:
     """Run the command; 0 if everything is as declared, 1 if not."""
     command, rest = parse_known(Audit, arguments, program="upslope audit")
+    import torch
+
+    torch.set_num_threads(1)
     console = Console()
     if command.problems:
         _list_problems(console)

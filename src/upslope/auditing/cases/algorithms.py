@@ -13,7 +13,7 @@ from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
 from upslope.auditing.declared import Circumstances, put_to_the_test
 
-_GAMMA, _LIMIT, _SAMPLES = 0.8, 2, 20_000
+_GAMMA, _LIMIT, _SAMPLES, _MANY = 0.8, 2, 20_000, 100_000
 _ONE_PASS = PPO(gamma=_GAMMA, normalize_advantage=False, epochs=1, minibatches=1)
 
 
@@ -66,7 +66,7 @@ def cases() -> Iterator[Case]:
             yield _case(words, algorithm, "six-state", circumstances)
         yield _case(f"{words}, sampled", algorithm, "six-state", Circumstances(), samples=_SAMPLES)
     for words, algorithm in altered():
-        samples = _SAMPLES if algorithm.target.batchwise else None
+        samples = (_MANY if words == "standardised Psi" else _SAMPLES) if algorithm.target.batchwise else None
         yield _case(words, algorithm, "six-state", Circumstances(), samples=samples)
     whole = PPO(gamma=_GAMMA, normalize_advantage=False)
     yield _case("4 passes of 4 minibatches", whole, "six-state", Circumstances(), samples=_SAMPLES)
