@@ -120,7 +120,7 @@ def _signal(
 
 
 def _batch(policy: Policy, passes: Passes, trajectory: Trajectory, value: Tensor | None, signal: Signal) -> Batch:
-    """The chosen steps of the trajectory, flattened; whole rows where Psi needs whole episodes."""
+    """The chosen steps of the trajectory, flattened; whole rows where Psi needs whole episodes or the policy rows."""
     batch = Batch(
         observation=trajectory.observation,
         action=trajectory.action,
@@ -132,7 +132,10 @@ def _batch(policy: Policy, passes: Passes, trajectory: Trajectory, value: Tensor
         behaviour_distribution=None,
         weight=trajectory.behaviour_log_prob,
     )
-    if not (passes.whole_episodes or policy.sequential):
+    if policy.sequential:
+        hidden = ~trajectory.mask
+        batch = replace(batch, behaviour_log_prob=batch.behaviour_log_prob.masked_fill(hidden, 0.0))
+    elif not passes.whole_episodes:
         batch = _chosen(batch)
     if passes.behaviour_distribution:
         with torch.no_grad():
@@ -181,7 +184,7 @@ def _part(batch: Batch, part: int, parts: int) -> Batch:
 
 def _micro_batch(batch: Batch, part: int, parts: int) -> Batch:
     piece = _part(batch, part, parts)
-    return replace(piece, share=len(piece.mask) / len(batch.mask))
+    return replace(piece, share=int(piece.mask.sum()) / int(batch.mask.sum()))
 
 
 def _select(batch: Batch, index: Tensor | slice) -> Batch:
