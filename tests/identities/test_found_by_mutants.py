@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from identity_strategies import PROPERTY, SEEDS, close, normal
-from torch import Tensor
+from torch import Tensor, nn
 
 from upslope.algorithms import A2C, PPO, Algorithm, Now, OneStepActorCritic, Reinforce
 from upslope.estimators import conjugate_gradient, hinge, sequence_log_prob, sequence_log_ratio, vtrace
-from upslope.exact import TabularPolicy
+from upslope.exact import StatePolicy, TabularPolicy
 from upslope.train.step import learn
 from upslope.trajectory import Trajectory
 
@@ -48,7 +48,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 class Descent:
     """Plain gradient descent that keeps every gradient."""
 
-    policy: TabularPolicy
+    policy: TabularPolicy | WholeRows
     micro_batches: int = 1
     gradients: list[Tensor] = field(default_factory=list[Tensor])
 
@@ -63,6 +63,21 @@ class Descent:
             for part, grad in zip(parts, grads, strict=True):
                 part -= learning_rate * grad
         return 0.0
+
+
+class WholeRows(StatePolicy):
+    """The same table for a loop that keeps rows whole."""
+
+    def __init__(self, table: TabularPolicy) -> None:
+        super().__init__(STATES, ACTIONS)
+        self.theta, self.value = nn.Parameter(table.theta.detach().clone()), table.value
+
+    @property
+    def sequential(self) -> bool:
+        return True
+
+    def preferences(self) -> Tensor:
+        return self.theta
 
 
 def table(seed: int) -> TabularPolicy:
@@ -272,6 +287,34 @@ def test_hidden_steps_change_no_update(name: str, seed: int) -> None:
         updated(algorithm, rows, table(seed), RATE), updated(algorithm, hidden, table(seed), RATE), strict=True
     ):
         close(one, two)
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+@settings(PROPERTY, max_examples=10)
+@given(SEEDS, st.integers(2, 3))
+def test_rows_in_micro_batches_have_the_metrics_of_the_whole(name: str, seed: int, parts: int) -> None:
+    """Also where one row has more hidden steps than another."""
+    algorithm, start = ALGORITHMS[name], table(seed)
+    rows = experience(seed, start, episodes=isinstance(algorithm, Reinforce))
+    mask = rows.mask.clone()
+    mask[0, : seed % STEPS] = False
+    rows = replace(rows, mask=mask)
+    found: list[dict[str, float]] = []
+    for micro_batches in (1, parts):
+        policy = WholeRows(start)
+        descent = Descent(policy, micro_batches)
+        found.append(
+            learn(
+                policy,
+                algorithm,
+                descent,
+                rows,
+                now=Now(state=algorithm.initial_state()),
+                learning_rate=0.0,
+                generator=np.random.default_rng(0),
+            ).metrics
+        )
+    assert found[1] == pytest.approx(found[0], rel=1e-9, abs=1e-9, nan_ok=True)
 
 
 @PROPERTY

@@ -421,11 +421,20 @@ IN_STEP = (
     Mutant(
         "every micro-batch counts in full",
         STEP,
-        "return replace(piece, share=len(piece.mask) / len(batch.mask))",
-        "return replace(piece, share=1.0)",
+        "share=int(piece.mask.sum()) / int(batch.mask.sum())",
+        "share=1.0",
         "metrics are added up as if each piece were the whole",
         (),
         (SPLITS,),
+    ),
+    Mutant(
+        "micro-batches share by rows",
+        STEP,
+        "share=int(piece.mask.sum()) / int(batch.mask.sum())",
+        "share=len(piece.mask) / len(batch.mask)",
+        "rows with more hidden steps count as much as others in the metrics",
+        (),
+        ("test_rows_in_micro_batches_have_the_metrics_of_the_whole[name=reinforce]",),
     ),
     Mutant(
         "the step drops its mask",
