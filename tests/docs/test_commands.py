@@ -38,7 +38,11 @@ def understood_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         ("upslope.train", "resume"),
         ("upslope.train", "evaluate_run"),
         ("upslope.report", "compare"),
+        ("upslope.report.diagnose", "diagnose"),
         ("upslope.collect", "check_environment"),
+        ("upslope.auditing", "audit"),
+        ("upslope.auditing", "audit_loss"),
+        ("upslope.auditing.table", "measure"),
     ):
         monkeypatch.setattr(importlib.import_module(module), name, arrive)
     configurations = importlib.import_module("upslope.train.config_file")
@@ -48,6 +52,7 @@ def understood_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"run": config_to_tree(own), "estimator": {}}))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "my_file.py").write_text("def my_loss(log_prob, reward):\n    return -(log_prob * reward).mean()\n")
     monkeypatch.chdir(tmp_path)
 
 
@@ -59,10 +64,10 @@ def test_command_is_understood(page: str, command: str) -> None:
 
 def test_there_are_commands_of_every_kind() -> None:
     used = {shlex.split(command)[1] for _, command in COMMANDS}
-    assert {"train", "recipes", "describe", "resume", "evaluate", "compare", "check-env"} <= used
+    assert {"train", "recipes", "describe", "resume", "evaluate", "compare", "check-env", "audit", "diagnose"} <= used
 
 
 @pytest.mark.usefixtures("understood_is_enough")
-@pytest.mark.parametrize("wrong", ["train cartpole-ppo --algorithm.clipp 0.1", "train cartpole-pop", "resum runs/x"])
+@pytest.mark.parametrize("wrong", ["train cartpole-ppo --algorithm.clipp 0.1", "train cartpole-pop", "resum runs/x", "audit ppo --clipp 0.1"])
 def test_a_command_that_is_wrong_is_refused(wrong: str) -> None:
     assert cli.main(shlex.split(wrong)) == 2
