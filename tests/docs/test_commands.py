@@ -68,6 +68,8 @@ def test_there_are_commands_of_every_kind() -> None:
 
 
 @pytest.mark.usefixtures("understood_is_enough")
-@pytest.mark.parametrize("wrong", ["train cartpole-ppo --algorithm.clipp 0.1", "train cartpole-pop", "resum runs/x", "audit ppo --clipp 0.1"])
+@pytest.mark.parametrize(
+    "wrong", ["train cartpole-ppo --algorithm.clipp 0.1", "train cartpole-pop", "resum runs/x", "audit ppo --clipp 0.1"]
+)
 def test_a_command_that_is_wrong_is_refused(wrong: str) -> None:
     assert cli.main(shlex.split(wrong)) == 2
