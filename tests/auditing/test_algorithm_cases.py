@@ -1,4 +1,4 @@
-"""Every algorithm against its own declaration, and a check that the audit can tell."""
+"""What algorithms declare, and a check that the audit can tell; test_verification_table.py runs every row."""
 
 from dataclasses import dataclass, replace
 
@@ -7,16 +7,9 @@ import torch
 
 from upslope.algorithms import A2C, PPO, OneStepActorCritic, Reinforce, Target
 from upslope.auditing import Circumstances, audit
-from upslope.auditing.cases.algorithms import altered, cases, variants
+from upslope.auditing.cases.algorithms import altered, variants
 from upslope.auditing.declared import declaration, put_to_the_test
 from upslope.exact import FiniteMDP, NamedProblem, TabularPolicy
-
-
-@pytest.mark.parametrize("case", list(cases()), ids=lambda case: f"{case.subject}-{case.setting}")
-def test_as_declared(case):
-    report = case.run()
-    assert report.declared is not None
-    assert report.as_declared, str(report)
 
 
 def test_both_kinds_of_declaration_are_put_to_the_test_for_each_algorithm():
@@ -24,7 +17,7 @@ def test_both_kinds_of_declaration_are_put_to_the_test_for_each_algorithm():
         declared = {declaration(algorithm.target, given)[0] for given in put_to_the_test(algorithm.target, limit=2)}
         assert declared == {"unbiased", "biased"}
     assert {type(algorithm) for _, algorithm in variants()} == {Reinforce, OneStepActorCritic, A2C, PPO}
-    assert {type(algorithm) for _, algorithm in altered()} == {Reinforce, OneStepActorCritic, A2C, PPO}
+    assert {type(algorithm) for _, algorithm, _ in altered()} == {Reinforce, OneStepActorCritic, A2C, PPO}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,16 @@ from upslope.auditing.cases import algorithms as algorithm_cases
 from upslope.auditing.cases.case import Case
 from upslope.auditing.report import EXACT_TOLERANCE, AuditReport
 
+_TITLE = """# The verification table
+
+Every exported estimator and algorithm, what it declares, and what was measured. `upslope audit --all --write
+docs/verification-table.md` writes this page, and the tests measure every row anew. How to read it:
+[How we know the gradient is right](verification.md).
+
+Bias is relative to the length of what is followed; 0 is rounding. z is that of a sampled bias; exact rows weight all
+there is by its probability. Variance is that of one trajectory (or draw), relative to the squared length.
+"""
+
 _HEADER = (
     "| | setting | problem | follows | declared | measured | bias | z | cosine | variance |\n"
     "|---|---|---|---|---|---|---|---|---|---|\n"
@@ -58,7 +68,7 @@ def measure(case: Case) -> Measured:
 
 def markdown(rows: Sequence[Measured]) -> str:
     """The table as it stands in the documentation, one section per subject."""
-    lines: list[str] = []
+    lines = [_TITLE]
     for subject in dict.fromkeys(row.case.subject for row in rows):
         lines.append(f"### `{subject}`\n\n{_HEADER}" + "\n".join(_lines(rows, subject)) + "\n")
     return "\n".join(lines)
@@ -67,8 +77,12 @@ def markdown(rows: Sequence[Measured]) -> str:
 def _lines(rows: Iterable[Measured], subject: str) -> Iterator[str]:
     for row in rows:
         if row.case.subject == subject:
-            cells = (mark(row.report), row.case.setting, row.report.problem, *figures(row.report))
-            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |"
+
+
+def cells(row: Measured) -> tuple[str, ...]:
+    """One row: mark, setting, problem and figures."""
+    return (mark(row.report), row.case.setting, row.report.problem, *figures(row.report))
 
 
 def mark(report: AuditReport) -> str:

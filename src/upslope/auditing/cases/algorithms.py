@@ -13,7 +13,8 @@ from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
 from upslope.auditing.declared import Circumstances, put_to_the_test
 
-_GAMMA, _LIMIT, _SAMPLES, _MANY = 0.8, 2, 20_000, 100_000
+_GAMMA, _LIMIT = 0.8, 2
+_FEW, _SAMPLES, _MANY = 6_000, 20_000, 100_000
 _ONE_PASS = PPO(gamma=_GAMMA, normalize_advantage=False, epochs=1, minibatches=1)
 
 
@@ -48,15 +49,15 @@ def _on_completions() -> Iterator[tuple[str, Algorithm]]:
     yield "one completion a batch", replace(_ONE_PASS, gamma=1.0)
 
 
-def altered() -> Iterator[tuple[str, Algorithm]]:
-    """Settings that the algorithms themselves declare to bias the gradient."""
-    yield "standardised Psi", Reinforce(gamma=_GAMMA, normalize_advantage=True)
-    yield "entropy bonus", Reinforce(gamma=_GAMMA, entropy_coefficient=0.1)
-    yield "standardised advantage", A2C(gamma=_GAMMA, normalize_advantage=True)
-    yield "entropy bonus", A2C(gamma=_GAMMA, entropy_coefficient=0.1)
-    yield "entropy bonus", OneStepActorCritic(gamma=_GAMMA, entropy_coefficient=0.1)
-    yield "as it comes: standardised per minibatch", PPO(gamma=_GAMMA)
-    yield "entropy bonus", replace(_ONE_PASS, entropy_coefficient=0.1)
+def altered() -> Iterator[tuple[str, Algorithm, int | None]]:
+    """Settings that the algorithms themselves declare to bias the gradient, and how many trajectories show it."""
+    yield "standardised Psi", Reinforce(gamma=_GAMMA, normalize_advantage=True), _MANY
+    yield "entropy bonus", Reinforce(gamma=_GAMMA, entropy_coefficient=0.1), None
+    yield "standardised advantage", A2C(gamma=_GAMMA, normalize_advantage=True), _SAMPLES
+    yield "entropy bonus", A2C(gamma=_GAMMA, entropy_coefficient=0.1), None
+    yield "entropy bonus", OneStepActorCritic(gamma=_GAMMA, entropy_coefficient=0.1), None
+    yield "as it comes: standardised per minibatch", PPO(gamma=_GAMMA), _FEW
+    yield "entropy bonus", replace(_ONE_PASS, entropy_coefficient=0.1), None
 
 
 def cases() -> Iterator[Case]:
@@ -65,11 +66,10 @@ def cases() -> Iterator[Case]:
         for circumstances in put_to_the_test(algorithm.target, limit=_LIMIT):
             yield _case(words, algorithm, "six-state", circumstances)
         yield _case(f"{words}, sampled", algorithm, "six-state", Circumstances(), samples=_SAMPLES)
-    for words, algorithm in altered():
-        samples = (_MANY if words == "standardised Psi" else _SAMPLES) if algorithm.target.batchwise else None
+    for words, algorithm, samples in altered():
         yield _case(words, algorithm, "six-state", Circumstances(), samples=samples)
     whole = PPO(gamma=_GAMMA, normalize_advantage=False)
-    yield _case("4 passes of 4 minibatches", whole, "six-state", Circumstances(), samples=_SAMPLES)
+    yield _case("4 passes of 4 minibatches", whole, "six-state", Circumstances(), samples=_FEW)
     for name in ("two-state", "noisy-rewards", "bandit"):
         for algorithm in (Reinforce(gamma=_GAMMA), A2C(gamma=_GAMMA), _ONE_PASS):
             yield _case("as it comes", algorithm, name, Circumstances())
