@@ -1,1 +1,1 @@
-"""One file a command, for those whose work is more than a few lines."""
+"""One file a command: its options and its work. A command is imported when it is asked for."""

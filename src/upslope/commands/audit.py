@@ -17,14 +17,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from tyro.conf import Positional
 
+from upslope.commands.common import DONE, NOT_AS_DECLARED
 from upslope.errors import UsageError
 from upslope.options import parse_known, parse_over
 
 if TYPE_CHECKING:
     from upslope.algorithms import Algorithm
     from upslope.auditing import AuditReport
-
-DONE, NOT_AS_DECLARED = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,8 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
+from upslope.commands.common import DONE, say
 from upslope.options import parse
-
-DONE = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,5 +37,5 @@ def act(arguments: Sequence[str]) -> int:
     if command.json is not None:
         command.json.parent.mkdir(parents=True, exist_ok=True)
         command.json.write_text(json.dumps(diagnosis.tree(), indent=2) + "\n", "utf-8")
-        console.print(f"figures: {command.json}", soft_wrap=True, markup=False, highlight=False)
+        say(console, f"figures: {command.json}")
     return DONE
