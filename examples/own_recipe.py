@@ -18,7 +18,7 @@ from gymnasium.envs.classic_control import CartPoleEnv
 from torch import Tensor
 
 from upslope import EnvironmentConfig, OptimizerConfig, RolloutConfig, Run
-from upslope.algorithms import Loss, Now, Passes
+from upslope.algorithms import Loss, Now, Passes, Target
 from upslope.algorithms.actor_critic import score_and_value_loss
 from upslope.estimators import gae, step_mean
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
@@ -56,6 +56,16 @@ class ScaledActorCritic:
     def passes(self) -> Passes:
         return Passes()
 
+    @property
+    def target(self) -> Target:
+        return Target(
+            gradient="undiscounted_states",
+            per="step",
+            factor=self.psi_scale,
+            requires=("on_policy", "exact_critic", "fixed_steps"),
+            biased_by=("the entropy bonus adds its own gradient",) if self.entropy_coefficient != 0.0 else (),
+        )
+
     def initial_state(self) -> Mapping[str, float]:
         return {}
 
@@ -63,7 +73,15 @@ class ScaledActorCritic:
         assert value is not None
         assert next_value is not None
         discount = trajectory.discount(self.gamma)
-        advantage = gae(trajectory.reward, discount, value, next_value, trajectory.cut, gae_lambda=self.gae_lambda)
+        advantage = gae(
+            trajectory.reward,
+            discount,
+            value,
+            next_value,
+            trajectory.cut,
+            gae_lambda=self.gae_lambda,
+            mask=trajectory.partial_mask,
+        )
         return Signal(advantage=self.psi_scale * advantage, value_target=advantage + value)
 
     def prepare(self, batch: Batch) -> Batch:

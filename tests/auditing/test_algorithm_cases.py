@@ -63,8 +63,7 @@ def test_a_problem_of_ones_own():
     mdp = FiniteMDP.from_tables(
         transition=[[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]],
         reward=[[1.0, 0.0], [0.0, 0.0]],
-        start=[1.0, 0.0],
-        terminal=[False, True],
+        terminal=[1],
     )
     preferences = torch.tensor([[0.3, -0.1], [0.0, 0.0]])
     named = NamedProblem(

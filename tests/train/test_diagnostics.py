@@ -27,7 +27,7 @@ from upslope import (
 )
 from upslope.diagnostics import Meter, verdicts
 from upslope.recipes import cartpole_ppo
-from upslope.train import train
+from upslope.train import resume, train
 from upslope.train.checkpoint import latest_checkpoint
 from upslope.train.log import Value, read_metrics
 
@@ -175,6 +175,14 @@ def test_looking_changes_nothing_that_is_learnt(tmp_path: Path) -> None:
         assert found is not None
         policies[every] = bits(found.state["session"]["policy"])
     assert policies[0] == policies[1] == policies[300]
+
+
+def test_looking_may_begin_after_a_resume(tmp_path: Path) -> None:
+    run = each_update(tmp_path, steps=3 * 128)
+    train(replace(run, log=replace(run.log, diagnose_every=0)))
+    resume(tmp_path / "run", run=replace(run, steps=6 * 128))
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert ["gradient_snr" in record for record in records] == [False] * 3 + [True] * 3
 
 
 def test_a_meter_goes_on_from_its_state() -> None:

@@ -143,7 +143,7 @@ def _setting(
     seed: int,
 ) -> tuple[FiniteSetting | TokenSetting, Circumstances]:
     """The setting, and the circumstances with the problem's own time limit."""
-    if isinstance(on, TokenMDP) or on in TOKEN_PROBLEMS:
+    if isinstance(on, TokenMDP) or (isinstance(on, str) and on in TOKEN_PROBLEMS):
         if algorithm.gamma != 1.0:
             raise UsageError(f"completions have no discount: set gamma to 1 (it is {algorithm.gamma})")
         if given.limit is not None:

@@ -136,6 +136,11 @@ class Session:
         Raises:
             ResumeError: if the spaces or the network are not those of the checkpoint.
         """
+        if "meter" not in tree:
+            raise ResumeError(
+                "the checkpoint is of an earlier version of upslope, which this one cannot go on from: resume it with "
+                "the version named in its config.json, or start a new run"
+            )
         for what, old, new in zip(("observation", "action"), tree["spaces"], self.spaces, strict=True):
             if _listed(old) != _listed(new):
                 raise ResumeError(
@@ -149,7 +154,7 @@ class Session:
                 f"the checkpoint's network is not the one configured: {error}. Resume without changing the policy"
             ) from error
         self.optimizer.load_state(tree["optimizer"])
-        if self.meter is not None:
+        if self.meter is not None and tree["meter"] is not None:
             self.meter.load_state(tree["meter"])
         self.algorithm_state = dict(tree["algorithm"])
         self.update, self.steps, self.episodes = tree["update"], tree["steps"], tree["episodes"]
