@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from upslope.auditing import AuditReport, Moments
+from upslope import Reinforce
+from upslope.auditing import AuditReport, Moments, audit
+from upslope.exact import FiniteMDP, NamedProblem, TabularPolicy
 
 
 def report(mean: list[float], target: list[float], **given) -> AuditReport:
@@ -51,16 +53,29 @@ def along_axes(*errors: float, draws: int) -> torch.Tensor:
 
 def test_p_value_of_one_direction_is_that_of_a_normal_variable():
     """Bias of 1.96 standard errors in the only direction that varies: p = 0.05 for many draws."""
-    found = report([3.0 + 0.5 * 1.96, 4.0], [3.0, 4.0], spread=along_axes(0.5, 0.0, draws=2_000))
-    assert found.p_value == pytest.approx(0.05, abs=2e-3)
+    found = report([3.0 + 0.5 * 1.96, 4.0], [3.0, 4.0], spread=along_axes(0.5, 0.0, draws=1_000))
+    assert found.p_value == pytest.approx(0.05, abs=3e-3)
     assert found.z == pytest.approx(1.96, abs=2e-2)
     assert found.verdict == "unbiased"
 
 
-def test_a_bias_where_nothing_varies_is_certain():
+def test_where_nothing_was_drawn_nothing_is_known():
+    """Off by 0.1 in a direction in which the draws do not vary: perhaps an event too rare to have been drawn."""
     found = report([3.0, 4.1], [3.0, 4.0], spread=along_axes(0.5, 0.0, draws=100))
-    assert found.p_value == 0.0
-    assert found.verdict == "biased"
+    assert found.undrawn == pytest.approx(0.02)
+    assert found.p_value == pytest.approx(1.0)
+    assert found.verdict == "undecided"
+    assert "never drawn" in str(found)
+
+
+def test_a_rare_event_that_was_not_drawn_is_no_bias():
+    """State 1 is reached with probability 1e-4 and decides almost all of the gradient."""
+    rare = FiniteMDP.from_tables(
+        [[[0, 1e-4, 1 - 1e-4]] * 2, [[0, 0, 1]] * 2, [[0, 0, 1]] * 2], [[1, 0], [50.0, -50.0], [0, 0]], terminal=[2]
+    )
+    named = NamedProblem(name="rare", summary="", mdp=rare, policy=lambda seed: TabularPolicy(3, 2))
+    for seed in range(4):
+        assert audit(Reinforce(gamma=1.0), named, samples=2_000, seed=seed).verdict != "biased"
 
 
 @pytest.mark.parametrize(("size", "at_least"), [(3, 70), (80, 20)], ids=["few directions", "more than draws: cautious"])
@@ -77,6 +92,18 @@ def test_p_values_where_there_is_no_bias(size, at_least):
         assert p is not None
         low += p < 0.1
     assert at_least < low < 130
+
+
+@pytest.mark.parametrize(("draws", "size"), [(20, 4), (94, 23)])
+def test_small_p_values_are_as_rare_as_they_say(draws, size):
+    """Of 5,000 audits of an unbiased mean, p < 0.01 in about 50."""
+    generator = torch.Generator().manual_seed(2)
+    low = 0
+    for _ in range(5_000):
+        blocks = torch.randn(draws, size, generator=generator, dtype=torch.float64)
+        spread = (blocks - blocks.mean(0)) / math.sqrt(draws * (draws - 1))
+        low += Moments(mean=blocks.mean(0), variance=1.0, spread=spread).p_value(blocks.mean(0)) < 0.01
+    assert 30 < low < 73
 
 
 def test_a_gross_bias_in_samples_is_seen_and_held_against_the_declaration():

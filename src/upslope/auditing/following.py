@@ -262,4 +262,4 @@ def _nothing_left(moments: Moments, rest: Tensor, *, scale: float) -> bool:
     rounding = ROUNDING * scale
     if moments.exact:
         return float(rest.norm()) <= rounding
-    return moments.p_value(rest, rounding=rounding) > _CONSISTENT
+    return moments.p_value(rest) > _CONSISTENT and moments.undrawn(rest) <= rounding

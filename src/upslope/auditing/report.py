@@ -20,7 +20,8 @@ EXACT_TOLERANCE = 1e-9
 VISIBLE_BIAS = 1e-4
 """Relative bias above this shows, where every batch was weighted."""
 
-_P_UNBIASED, _P_BIASED = 1e-3, 1e-6
+_P_UNBIASED, _P_BIASED, _ROUNDING = 1e-3, 1e-6, 1e-5
+_SMALLEST = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,28 +60,39 @@ class AuditReport:
     @property
     def relative_bias(self) -> float:
         """|bias| / |target|."""
-        return float(self.bias.norm() / self.target.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        return float(self.bias.norm()) / math.sqrt(self._squared_length)
+
+    @property
+    def _squared_length(self) -> float:
+        """|target|^2; not 0, so that a target of 0 has a bias without end."""
+        return max(float(self.target @ self.target), torch.finfo(torch.float64).tiny)
 
     @property
     def interval(self) -> tuple[float, float]:
         """95% confidence interval of the relative bias: a point where it is exact."""
         if self.moments.exact:
             return self.relative_bias, self.relative_bias
-        margin = 1.96 * math.sqrt(self.moments.variance_of_mean) / float(self.target.norm())
+        margin = 1.96 * math.sqrt(self.moments.variance_of_mean) / math.sqrt(self._squared_length)
         return max(self.relative_bias - margin, 0.0), self.relative_bias + margin
 
     @property
     def p_value(self) -> float | None:
-        """Chance of a bias at least this large if there were none; None where it is exact."""
-        rounding = 1e-5 * float(self.target.norm())
-        return None if self.moments.exact else self.moments.p_value(self.bias, rounding=rounding)
+        """Chance of a bias at least this large if there were none; None where it is exact. See `Moments.p_value`."""
+        return None if self.moments.exact else self.moments.p_value(self.bias)
+
+    @property
+    def undrawn(self) -> float:
+        """The share of |target| by which the mean is off in directions that no draw went: of those nothing is known."""
+        if self.moments.exact:
+            return 0.0
+        return self.moments.undrawn(self.bias) / math.sqrt(self._squared_length)
 
     @property
     def z(self) -> float | None:
         """The two-sided z-score with the same p-value; None where it is exact."""
         if self.p_value is None:
             return None
-        p = torch.tensor(max(self.p_value, 1e-300), dtype=torch.float64)
+        p = torch.tensor(max(self.p_value, _SMALLEST), dtype=torch.float64)
         return float(-torch.special.ndtri(p / 2))
 
     @property
@@ -91,17 +103,27 @@ class AuditReport:
     @property
     def variance_per_trajectory(self) -> float:
         """Variance of one trajectory's worth of data, relative to |target|^2."""
-        return self.moments.variance * self.trajectories / float(self.target @ self.target)
+        return self.moments.variance * self.trajectories / self._squared_length
 
     @property
     def variance_per_step(self) -> float:
         """Variance of one step's worth of data, relative to |target|^2."""
-        return self.moments.variance * self.steps / float(self.target @ self.target)
+        return self.moments.variance * self.steps / self._squared_length
+
+    @property
+    def mean_squared_error_per_trajectory(self) -> float:
+        """Of one trajectory's worth of data: variance plus squared bias, relative to |target|^2."""
+        return self.variance_per_trajectory + self.relative_bias**2
+
+    @property
+    def mean_squared_error_per_step(self) -> float:
+        """Of one step's worth of data, relative to |target|^2."""
+        return self.variance_per_step + self.relative_bias**2
 
     @property
     def mean_squared_error(self) -> float:
-        """Of one batch: variance plus squared bias, relative to |target|^2."""
-        return self.moments.variance / float(self.target @ self.target) + self.relative_bias**2
+        """Of one batch, relative to |target|^2."""
+        return self.moments.variance / self._squared_length + self.relative_bias**2
 
     @property
     def signal_to_noise(self) -> float:
@@ -121,9 +143,9 @@ class AuditReport:
             if self.relative_bias < EXACT_TOLERANCE:
                 return "unbiased"
             return "biased" if self.relative_bias > VISIBLE_BIAS else "undecided"
-        if p > _P_UNBIASED:
-            return "unbiased"
-        return "biased" if p < _P_BIASED else "undecided"
+        if p < _P_BIASED:
+            return "biased"
+        return "unbiased" if p > _P_UNBIASED and self.undrawn < _ROUNDING else "undecided"
 
     @property
     def as_declared(self) -> bool:
@@ -152,6 +174,9 @@ class AuditReport:
             "variance_per_trajectory": self.variance_per_trajectory,
             "variance_per_step": self.variance_per_step,
             "mean_squared_error": self.mean_squared_error,
+            "mean_squared_error_per_trajectory": self.mean_squared_error_per_trajectory,
+            "mean_squared_error_per_step": self.mean_squared_error_per_step,
+            "undrawn": self.undrawn,
             "signal_to_noise": self.signal_to_noise if math.isfinite(self.signal_to_noise) else None,
             "trajectories_needed": self.trajectories_needed(),
             "gradient": self.target.tolist(),
@@ -160,22 +185,42 @@ class AuditReport:
 
     def __str__(self) -> str:
         """Plain text, one fact per line."""
+        return self.text()
+
+    def text(self, *, accuracy: float = 0.1) -> str:
+        """Plain text, one fact per line.
+
+        Args:
+            accuracy: the standard error, relative to |target|, for which to say how many trajectories it needs.
+        """
         method = "every batch weighted" if self.moments.exact else f"{self.batches:,} batches drawn"
-        low, high = self.interval
-        spread = (
-            "" if self.moments.exact else f" (95%: {low:.2%} to {high:.2%}; z = {self.z:.2f}, p = {self.p_value:.3g})"
-        )
         declared = "" if self.declared is None else f", declared {self.declared}"
         lines = [
             f"{self.subject} on {self.problem}: {self.verdict}{declared}" + (f": {self.reason}" if self.reason else ""),
             f"  target               {self.target_name}",
             f"  method               {method}",
-            f"  bias                 {self.relative_bias:.3g} of the gradient's length{spread}",
+            f"  bias                 {self.relative_bias:.3g} of the gradient's length{self._doubt()}",
             f"  cosine               {self.cosine:.6f}",
             f"  variance             {self.variance_per_trajectory:.4g} per trajectory, {self.variance_per_step:.4g} "
             "per step (of the squared length)",
-            f"  mean squared error   {self.mean_squared_error:.4g} per batch",
+            f"  mean squared error   {self.mean_squared_error_per_trajectory:.4g} per trajectory, "
+            f"{self.mean_squared_error_per_step:.4g} per step, {self.mean_squared_error:.4g} per batch",
             f"  signal to noise      {self.signal_to_noise:.4g} per trajectory",
-            f"  trajectories needed  {math.ceil(self.trajectories_needed()):,} for a standard error of 10%",
+            f"  trajectories needed  {math.ceil(self.trajectories_needed(accuracy)):,} for a standard error of "
+            f"{accuracy:.3g} of the gradient's length",
         ]
+        if self.undrawn > _ROUNDING:
+            lines.append(
+                f"  never drawn          a part of the gradient, {self.undrawn:.2g} of its length: what is rare "
+                "is missing; draw more"
+            )
         return "\n".join(lines)
+
+    def _doubt(self) -> str:
+        """The interval and what speaks against chance; nothing where every batch was weighted."""
+        p, z = self.p_value, self.z
+        if p is None or z is None:
+            return ""
+        low, high = self.interval
+        score = f"z = {z:.2f}, p = {p:.3g}" if p > _SMALLEST else "z > 37"
+        return f" (95%: {low:.2%} to {high:.2%}; {score})"
