@@ -1,9 +1,11 @@
 """Means and spreads of an ascent direction."""
 
+import doctest
+
 import pytest
 import torch
 
-from upslope.auditing import exact_moments, sampled_moments
+from upslope.auditing import exact_moments, moments, sampled_moments
 
 
 def test_exact_moments_by_hand():
@@ -50,3 +52,9 @@ def test_correlated_draws_are_not_taken_for_independent():
 def test_too_few_batches_are_refused():
     with pytest.raises(ValueError, match="at least 20"):
         sampled_moments(torch.zeros(19, 2))
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    found = doctest.testmod(moments)
+    assert found.attempted >= 2
+    assert found.failed == 0
