@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from upslope import (
     RolloutConfig,
     Run,
 )
+from upslope.algorithms import Algorithm, Loss, Now
+from upslope.algorithms.protocol import State
 from upslope.diagnostics import Meter, verdicts
 from upslope.recipes import cartpole_ppo
 from upslope.train import resume, train
 from upslope.train.checkpoint import latest_checkpoint
 from upslope.train.log import Value, read_metrics
+from upslope.trajectory import Batch, Evaluation
 
 HEALTHY = PPO(gamma=0.9, gae_lambda=0.8, epochs=10, minibatches=2)
 
@@ -162,6 +166,85 @@ def test_figures_of_a_run_with_one_step_per_update(tmp_path: Path) -> None:
     assert all(record["first_ratio_error"] == 0.0 for record in records)
     first = records[0]
     assert first["variance/baselined"] == pytest.approx(first["variance/psi"])
+
+
+def test_how_far_an_update_went_where_the_loss_does_not_say(tmp_path: Path) -> None:
+    run = each_update(tmp_path, algorithm=A2C(), rollout=RolloutConfig(steps=512), steps=3 * 1024)
+    records = records_of(run)
+    watched = [float(record["kl"]) for record in records]
+    assert all(1e-4 < kl < 0.05 for kl in watched)
+    reported = PPO(epochs=1, minibatches=1, gamma=0.99, normalize_advantage=False)
+    by_ppo = records_of(replace(run, directory=tmp_path / "ppo", algorithm=reported))
+    assert [record["kl"] for record in by_ppo] == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rollout", "steps"),
+    [
+        pytest.param(A2C(), RolloutConfig(steps=64), 10 * 128, id="a2c"),
+        pytest.param(Reinforce(psi="baselined"), RolloutConfig(steps=None, episodes=8), 24 * 128, id="reinforce"),
+    ],
+)
+def test_single_steps_that_are_far_too_long(
+    tmp_path: Path, algorithm: Algorithm, rollout: RolloutConfig, steps: int
+) -> None:
+    longer = OptimizerConfig(learning_rate=0.12)
+    records = records_of(each_update(tmp_path, algorithm=algorithm, rollout=rollout, optimizer=longer, steps=steps))
+    assert "policy jumps" in names(records)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(A2C):
+    """An algorithm of a user's own that reports nothing."""
+
+    def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+        return Loss(value=super().loss(batch, evaluation, now).value, metrics={})
+
+
+def test_a_loss_that_reports_nothing(tmp_path: Path) -> None:
+    records = records_of(each_update(tmp_path, algorithm=Silent(), steps=6 * 128))
+    assert not {"entropy", "entropy_share", "policy_loss"} & records[-1].keys()
+    assert {"kl", "gradient_norm", "gradient_snr"} <= records[-1].keys()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curious(A2C):
+    """Carries what its metrics are called."""
+
+    def initial_state(self) -> State:
+        return {"metrics": 0.0}
+
+    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
+        return {"metrics": state["metrics"] + len(metrics)}
+
+
+def test_what_looking_finds_is_not_for_the_algorithm(tmp_path: Path) -> None:
+    run = each_update(tmp_path, algorithm=Curious(), steps=6 * 128)
+    blind = replace(run, directory=tmp_path / "blind", log=replace(run.log, diagnose_every=0))
+    assert records_of(run)[-1]["state/metrics"] == records_of(blind)[-1]["state/metrics"] == 36.0
+
+
+class Changing(nn.Module):
+    """An encoder that draws random numbers and keeps running means."""
+
+    features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.norm(observation) + 0.01 * torch.randn_like(observation)
+
+
+def test_looking_changes_nothing_in_a_network_that_changes_by_itself(tmp_path: Path) -> None:
+    found: list[object] = []
+    for every in (0, 1):
+        torch.manual_seed(1)
+        run = each_update(tmp_path / str(every), algorithm=A2C(), steps=4 * 128, policy=ActorCriticConfig(hidden=(16,)))
+        result = train(replace(run, log=replace(run.log, diagnose_every=every)), encoder=Changing())
+        found.append(bits(dict(result.policy.state_dict())))
+    assert found[0] == found[1]
 
 
 def test_looking_changes_nothing_that_is_learnt(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import A2C, PPO, Algorithm, Loss, Now, OneStepActorCritic, Passes, Reinforce
+from upslope.diagnostics import Meter
 from upslope.estimators import step_mean, weighted_sum
 from upslope.train.config import OptimizerConfig
 from upslope.train.optimizer import FlatOptimizer
@@ -121,10 +122,14 @@ def update(
     micro_batches: int = 1,
     seed: int = 0,
     learning_rate: float = 0.1,
+    watched: bool = False,
 ) -> tuple[Learned, Tensor]:
     policy = Linear()
     config = OptimizerConfig(kind="sgd", max_gradient_norm=None, micro_batches=micro_batches)
     optimizer = FlatOptimizer(policy, config)
+    meter = Meter(optimizer.gradient) if watched else None
+    if meter is not None:
+        meter.look(closely=True)
     learned = learn(
         policy,
         algorithm,
@@ -133,6 +138,7 @@ def update(
         now=Now(state=algorithm.initial_state()),
         learning_rate=learning_rate,
         generator=np.random.default_rng(seed),
+        meter=meter,
     )
     return learned, optimizer.flat.detach().clone()
 
@@ -294,3 +300,69 @@ def test_explained_variance() -> None:
     assert explained_variance(target + 5.0, target) == 1.0
     assert explained_variance(-target, target) == pytest.approx(-3.0)
     assert np.isnan(explained_variance(target, torch.ones(4)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reporting(PPO):
+    """PPO that reports what it is told to."""
+
+    names: tuple[str, ...] = ()
+
+    def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+        loss = PPO.loss(self, batch, evaluation, now)
+        return Loss(value=loss.value, metrics={name: loss.metrics[name] for name in self.names})
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_loss_need_not_report_anything(micro_batches: int) -> None:
+    learned, moved = update(Reporting(epochs=2, minibatches=2), micro_batches=micro_batches)
+    assert learned.metrics.keys() == {"gradient_norm", "optimizer_steps", "explained_variance"}
+    torch.testing.assert_close(moved, update(PPO(epochs=2, minibatches=2))[1], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_stop_at_a_kl_that_the_loss_does_not_report(micro_batches: int) -> None:
+    known = update(PPO(epochs=3, minibatches=2, target_kl=1e-9), micro_batches=micro_batches)
+    silent = update(Reporting(epochs=3, minibatches=2, target_kl=1e-9), micro_batches=micro_batches)
+    assert torch.equal(silent[1], known[1])
+    assert silent[0].metrics["optimizer_steps"] == known[0].metrics["optimizer_steps"] < 6.0
+    assert silent[0].metrics["kl"] == pytest.approx(known[0].metrics["kl"], rel=1e-12)
+
+
+def test_a_stop_before_the_first_step() -> None:
+    trajectory = fragments(Linear())
+    acted_otherwise = replace(trajectory, behaviour_log_prob=trajectory.behaviour_log_prob - 2.0)
+    learned, moved = update(Reporting(target_kl=1e-3), acted_otherwise)
+    assert learned.metrics["optimizer_steps"] == learned.metrics["gradient_norm"] == 0.0
+    assert learned.metrics["kl"] == pytest.approx(np.exp(2.0) - 3.0)
+    assert torch.equal(moved, update(PPO(), learning_rate=0.0)[1])
+
+
+def test_a_metric_of_some_steps_alone_is_their_mean() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Seldom(PPO):
+        def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+            loss = PPO.loss(self, batch, evaluation, now)
+            calls.append(0)
+            seldom = {"seldom": torch.tensor(float(len(calls)))} if len(calls) in (2, 4) else {}
+            return Loss(value=loss.value, metrics={"always": loss.metrics["entropy"], **seldom})
+
+    calls: list[int] = []
+    learned, _ = update(Seldom(epochs=2, minibatches=2))
+    assert learned.metrics["seldom"] == 3.0
+    assert learned.metrics["always"] == pytest.approx(update(PPO(epochs=2, minibatches=2))[0].metrics["entropy"])
+
+
+@pytest.mark.parametrize("algorithm", [A2C(), Reinforce()], ids=["a2c", "reinforce"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_kl_of_a_close_look_is_that_after_the_last_step(algorithm: Algorithm, micro_batches: int) -> None:
+    policy = Linear()
+    trajectory = episodes(policy) if algorithm.passes.whole_episodes else fragments(policy, holes=True)
+    learned, moved = update(algorithm, trajectory, micro_batches=micro_batches, watched=True)
+    assert torch.equal(moved, update(algorithm, trajectory, micro_batches=micro_batches)[1])
+    torch.nn.utils.vector_to_parameters(moved, policy.parameters())
+    with torch.no_grad():
+        log_ratio = policy.log_prob(trajectory.observation, trajectory.action) - trajectory.behaviour_log_prob
+    expected = float((log_ratio.exp() - 1.0 - log_ratio)[trajectory.mask].mean())
+    assert learned.metrics["kl"] == pytest.approx(expected, rel=1e-8)
+    assert expected > 1e-6

@@ -87,7 +87,17 @@ class Now:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """A scalar to minimise, the sum of weight x value over steps, and detached scalars worth seeing."""
+    """A scalar to minimise, the sum of weight x value over steps, and detached scalars worth seeing.
+
+    Both are added up over the micro-batches of an optimiser step, so each must be the part that the batch's own steps
+    bring: of a mean over all chosen steps the mean over the batch's, times `batch.share` (0 where it has none).
+
+    Attributes:
+        value: the loss, [].
+        metrics: [] each, by name; may be empty. An update reports the mean of each over its optimiser steps. Two names
+            are used where they are there: "entropy" gives `entropy_share` in diagnostics, and "kl", a mean of KL(old ||
+            new), is what `Passes.target_kl` is compared with; without it k3 of the log-probs is.
+    """
 
     value: Tensor
     metrics: Mapping[str, Tensor]

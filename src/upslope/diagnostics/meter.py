@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upslope.diagnostics.noise import MinibatchNoise, SmoothedNoise, SuccessiveNoise
 from upslope.diagnostics.signal import psi_variances, zero_advantage_groups
 from upslope.diagnostics.steps import ChosenSteps, effective_sample_size, gradient_shares
-from upslope.trajectory import Batch, Evaluation, Signal, Trajectory, Tree
+from upslope.estimators import k3
+from upslope.trajectory import Batch, Evaluation, Policy, Signal, Trajectory, Tree
 
 _WATCHED = 64
 _DECAY_WITHIN, _DECAY_BETWEEN = 0.95, 0.98
 """Estimates from one pair of updates are far noisier than those from the minibatches of one, so they last longer."""
+
+
+class Planned(Protocol):
+    """The passes of an update."""
+
+    @property
+    def epochs(self) -> int:
+        """How many passes."""
+        ...
+
+    @property
+    def minibatches(self) -> int:
+        """Optimiser steps in each."""
+        ...
 
 
 class Meter:
@@ -31,6 +48,7 @@ class Meter:
     | reward_deviation, termination_share | whether there is anything to learn from |
     | zero_advantage_groups | share of groups whose rows were all rewarded alike |
     | first_ratio_error | largest abs(ratio - 1) before the first optimiser step |
+    | kl | KL(old, new) after the last optimiser step (k3), unless the loss reports one |
     | effective_sample_size | of the ratios in the last pass, as a share |
     | dead_gradient_share, clip_share_positive, clip_share_negative | steps without gradient, as a share |
 
@@ -72,8 +90,7 @@ class Meter:
         next_value: Tensor | None,
         *,
         gamma: float,
-        minibatches: int,
-        epochs: int,
+        passes: Planned,
     ) -> None:
         """An update begins.
 
@@ -83,14 +100,13 @@ class Meter:
             value: [B, T], V, or None.
             next_value: [B, T], V', or None.
             gamma: the algorithm's discount factor.
-            minibatches: optimiser steps per pass.
-            epochs: passes.
+            passes: how many, and how many optimiser steps in each.
         """
         self._forget()
-        self._several = minibatches > 1
+        self._several = passes.minibatches > 1
         if not self._looking:
             return
-        self._watch_every = max(1, epochs * minibatches // _WATCHED)
+        self._watch_every = max(1, passes.epochs * passes.minibatches // _WATCHED)
         if self._several:
             self._minibatches = MinibatchNoise(self._gradient)
         mask, chosen = trajectory.mask, trajectory.mask.sum()
@@ -141,17 +157,24 @@ class Meter:
         self._optimizer_step += 1
 
     @torch.no_grad()
-    def end(self) -> Mapping[str, float]:
-        """The update is over: what a closer look found; nothing without one."""
+    def end(self, policy: Policy, *, moved: bool = True) -> Mapping[str, float]:
+        """The update is over: what a closer look found; nothing without one.
+
+        Args:
+            policy: after its last optimiser step; left as it is.
+            moved: whether to find out how far it went from the one that acted, one more forward pass of the actor.
+        """
         if not self._looking:
             return {}
         found = self._found
         pieces = self._pieces
         found["first_ratio_error"] = _steps([piece for piece in pieces if piece.first]).log_ratio.expm1().abs().max()
         shares = gradient_shares(_steps(pieces))
+        last = [piece for piece in pieces if piece.epoch == pieces[-1].epoch]
+        if moved:
+            found["kl"] = _kl(policy, [piece.batch for piece in last])
         if self._optimizer_step > 1:
-            last = _steps([piece for piece in pieces if piece.epoch == pieces[-1].epoch])
-            found["effective_sample_size"] = effective_sample_size(last.log_ratio)
+            found["effective_sample_size"] = effective_sample_size(_steps(last).log_ratio)
             found.update(shares)
         else:
             found.update({name: share for name, share in shares.items() if "clip" not in name})
@@ -180,6 +203,27 @@ class Meter:
         self._within.load_state(tree["within"])
         self._between.load_state(tree["between"])
         self._successive.load_state(tree["successive"])
+
+
+def _kl(policy: Policy, batches: Sequence[Batch]) -> Tensor:
+    """The mean over chosen steps of k3 of KL(old || new), old being the one that acted."""
+    with _untouched(policy, batches[0].behaviour_log_prob.device):
+        estimates = [
+            k3(batch.behaviour_log_prob, policy.log_prob(batch.observation, batch.action))[batch.mask]
+            for batch in batches
+        ]
+    return torch.cat(estimates).mean()
+
+
+@contextmanager
+def _untouched(policy: Policy, device: torch.device) -> Iterator[None]:
+    """One more forward pass draws no random number and moves no running mean of a network that would."""
+    buffers = list(policy.buffers()) if isinstance(policy, nn.Module) else []
+    before = [buffer.clone() for buffer in buffers]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 def _count(mask: Tensor) -> int:

@@ -99,7 +99,7 @@ class Session:
             self.lengths.append(length)
         metrics = {**learned.metrics, **{f"state/{name}": number for name, number in learned.state.items()}}
         metrics["learning_rate"], metrics["progress"] = learning_rate, self.progress
-        if self.meter is not None and self.most_entropy is not None:
+        if self.meter is not None and self.most_entropy is not None and "entropy" in metrics:
             metrics["entropy_share"] = metrics["entropy"] / self.most_entropy
         metrics["collect_seconds"] = collected - start
         metrics["learn_seconds"] = time.perf_counter() - collected

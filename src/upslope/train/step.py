@@ -13,6 +13,7 @@ from torch import Tensor
 from upslope.algorithms.protocol import Algorithm, Now, Passes, State
 from upslope.diagnostics import Meter, explained_variance
 from upslope.errors import UsageError
+from upslope.estimators import k3
 from upslope.trajectory import Batch, Policy, Signal, Trajectory, map_observation
 
 
@@ -70,15 +71,7 @@ def learn(
     passes = algorithm.passes
     value, next_value, signal = _signal(policy, algorithm, trajectory)
     if meter is not None:
-        meter.begin(
-            trajectory,
-            signal,
-            value,
-            next_value,
-            gamma=algorithm.gamma,
-            minibatches=passes.minibatches,
-            epochs=passes.epochs,
-        )
+        meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, passes=passes)
     batch = _batch(policy, passes, trajectory, value, signal)
     totals = _Totals()
     for epoch in range(passes.epochs):
@@ -98,15 +91,16 @@ def learn(
         if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
             break
     metrics = totals.means()
-    if meter is not None:
-        metrics.update(meter.end())
     if batch.behaviour_distribution is not None:
         with torch.no_grad():
             kl = batch.behaviour_distribution.kl(policy.evaluate(batch).distribution)
         metrics["kl_after"] = float(kl[batch.mask].mean())
     if value is not None and signal.value_target is not None:
         metrics["explained_variance"] = explained_variance(value[trajectory.mask], signal.value_target[trajectory.mask])
-    return Learned(state=algorithm.adapt(now.state, metrics), metrics=metrics)
+    state = algorithm.adapt(now.state, metrics)
+    if meter is not None:
+        metrics.update(meter.end(policy, moved="kl" not in metrics))
+    return Learned(state=state, metrics=metrics)
 
 
 def _signal(
@@ -225,18 +219,26 @@ def _differentiate(
     """Leave the gradient of one optimiser step where the optimiser looks for it."""
     optimizer.zero_gradient()
     parts = min(optimizer.micro_batches, minibatch.mask.shape[0])
-    metrics: list[dict[str, Tensor]] = []
+    metrics: dict[str, Tensor] = {}
     for part in range(parts):
         piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts)
         evaluation = policy.evaluate(piece)
         if meter is not None:
             meter.evaluated(piece, evaluation)
         loss = algorithm.loss(piece, evaluation, now)
-        metrics.append(dict(loss.metrics))
+        for name, part_of_it in loss.metrics.items():
+            metrics[name] = metrics[name] + part_of_it if name in metrics else part_of_it
+        if algorithm.passes.target_kl is not None and "kl" not in loss.metrics:
+            metrics["kl"] = metrics.get("kl", 0.0) + _kl(piece, evaluation.log_prob)
         loss.value.backward()
-    totals.add(
-        metrics[0] if parts == 1 else {name: torch.stack([m[name] for m in metrics]).sum() for name in metrics[0]}
-    )
+    totals.add(metrics)
+
+
+@torch.no_grad()
+def _kl(piece: Batch, log_prob: Tensor) -> Tensor:
+    """What these steps bring to the k3 estimate of KL(old || new), for losses that stop at one and do not report it."""
+    estimate = k3(piece.behaviour_log_prob, log_prob)[piece.mask]
+    return estimate.sum() * (piece.share / max(estimate.numel(), 1))
 
 
 class _Totals:
@@ -256,9 +258,14 @@ class _Totals:
         return target is not None and float(self._steps[-1]["kl"]) > factor * target
 
     def means(self) -> dict[str, float]:
-        names = list(self._steps[0])
-        table = torch.stack([torch.stack([step[name] for name in names]) for step in self._steps])
-        metrics = dict(zip(names, table.mean(0).tolist(), strict=True))
+        """Of each metric over the steps that report it."""
+        values = [value for step in self._steps for value in step.values()]
+        numbers = iter(torch.stack(values).tolist() if values else ())
+        found: dict[str, list[float]] = {}
+        for step in self._steps:
+            for name in step:
+                found.setdefault(name, []).append(next(numbers))
+        metrics = {name: sum(of_steps) / len(of_steps) for name, of_steps in found.items()}
         metrics["gradient_norm"] = sum(self._norms) / len(self._norms) if self._norms else 0.0
         metrics["optimizer_steps"] = float(len(self._norms))
         return metrics
