@@ -138,6 +138,8 @@ def positional(log_prob, /):
         (lambda log_prob: log_prob, r"returned a tensor of shape \[2, \d\]: return one number"),
         (lambda log_prob: log_prob.sum().detach(), "without gradient: compute it from log_prob"),
         (lambda reward: reward.sum(), "without gradient"),
+        (lambda log_prob: log_prob.sum() * 1j, "tensor of type complex128: .* take its real part"),
+        (lambda mask: mask.sum(), "tensor of type int64: .* whole numbers have no gradient"),
         (lambda log_prob: log_prob.sum() / 0.0, r"returned -inf for rows with total rewards \[.*\] and \[.*\] chosen"),
         (lambda log_prob: (log_prob.sum() - log_prob.sum()).abs().sqrt(), "gradient of <lambda> is not finite"),
     ],
@@ -145,6 +147,53 @@ def positional(log_prob, /):
 def test_what_is_wrong_is_said(function: module.LossFunction, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         ascent(function)
+
+
+def steps_back(log_prob):
+    loss = log_prob.sum()
+    loss.backward()
+    return loss.detach()
+
+
+def steps_back_twice(log_prob):
+    loss = log_prob.sum()
+    loss.backward(retain_graph=True)
+    return loss
+
+
+def takes_its_gradient(log_prob):
+    loss = log_prob.square().sum()
+    torch.autograd.grad(loss, log_prob)
+    return loss
+
+
+@pytest.mark.parametrize("function", [steps_back, steps_back_twice, takes_its_gradient])
+def test_a_loss_that_differentiates_itself(function: module.LossFunction) -> None:
+    theta = CONTROL.parameters[0]
+    theta.grad = torch.ones_like(theta)
+    try:
+        with pytest.raises(UsageError, match=f"{function.__name__} differentiates by itself .*: return the loss"):
+            ascent(function, CONTROL)
+        torch.testing.assert_close(theta.grad, torch.ones_like(theta))
+    finally:
+        theta.grad = None
+
+
+def test_gradients_are_on_for_a_loss_and_as_they_were_after_it() -> None:
+    def turns_them_off(log_prob, value):
+        loss = log_prob.sum()
+        torch.set_grad_enabled(False)
+        return loss + value.sum()
+
+    def kept(log_prob):
+        return log_prob.sum()
+
+    with pytest.raises(UsageError, match="without gradient"):
+        ascent(turns_them_off)
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        assert ascent(kept).any()
+        assert not torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_verls_dual_clip_and_prime_rls_mask_take_the_gradient_away() -> None:
     ],
 )
 def test_ppo_follows_the_dropped_gamma_and_ends_episodes_at_the_limit(where: str, closest: str) -> None:
-    found = audit_loss(PEERS["ppo_control"], setting(where), samples=6_400).following
+    found = audit_loss(PEERS["ppo_control"], setting(where), samples=64_000).following
     assert found.closest.name == closest
     assert found.closest.cosine > 0.99
 

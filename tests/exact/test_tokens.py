@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from upslope.errors import UsageError
 from upslope.exact import (
     TOKEN_PROBLEMS,
     PrefixTable,
@@ -316,7 +317,7 @@ def test_unclear_requests_are_refused() -> None:
         enumerate_groups(problem, policy, 0)
     with pytest.raises(ValueError, match="more than 200000: take smaller groups"):
         enumerate_groups(problem, policy, 3, groups=2)
-    with pytest.raises(ValueError, match="tokens, tokens-binary, tokens-longer"):
+    with pytest.raises(UsageError, match="tokens, tokens-binary, tokens-longer"):
         token_problem("token")
 
 

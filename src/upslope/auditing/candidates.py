@@ -1,8 +1,9 @@
 """What a loss may be following: exact gradients to hold its mean ascent direction against, where it declares nothing.
 
 A candidate is one exact gradient, or a few that are added up with free factors. The mean follows a candidate if nothing
-is left of it beside that. On completion problems, with r the reward of a completion, V the mean reward of its prompt
-(held fixed) and L its length:
+is left of it beside that. On control problems they are grad J, grad J with gamma^t dropped, and grad J of the
+undiscounted return (what a loss follows that knows no gamma). On completion problems, with r the reward of a
+completion, V the mean reward of its prompt (held fixed) and L its length:
 
 | candidate | what follows it |
 |---|---|
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,17 +27,22 @@ from torch import Tensor
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.tokens import TokenSetting
 from upslope.exact import (
+    FiniteMDP,
     TokenMDP,
     enumerate_completions,
     next_log_prob,
     policy_gradient,
     sequence_kl_gradient,
+    solve,
     time_limited,
     token_gradient,
 )
 
 ROUNDING = 1e-6
 """What is left beside a candidate counts as rounding below this share of the mean (`gamma ** time` is float32)."""
+
+_ZERO = 1e-13
+"""An exact gradient is 0 below this times the largest reward."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +84,12 @@ def single(name: str, gradient: Tensor) -> Candidate:
 
 def candidates_of(setting: TokenSetting | FiniteSetting) -> tuple[Candidate, ...]:
     """Every candidate of a setting, the simplest first; those that are the same as an earlier one are left out."""
-    found = token_candidates(setting) if isinstance(setting, TokenSetting) else control_candidates(setting)
+    tokens = isinstance(setting, TokenSetting)
+    found = token_candidates(setting) if tokens else control_candidates(setting)
+    zero = _ZERO * float((setting.tokens.rewards if tokens else setting.mdp.reward).abs().max())
     kept: list[Candidate] = []
     for candidate in found:
-        if not float(candidate.basis.norm()) > 0.0:
+        if not float(candidate.basis.norm()) > zero:
             continue
         known = [other for other in kept if other.basis.shape == candidate.basis.shape]
         size = float(candidate.basis.norm())
@@ -90,27 +99,46 @@ def candidates_of(setting: TokenSetting | FiniteSetting) -> tuple[Candidate, ...
 
 
 def control_candidates(setting: FiniteSetting) -> Iterator[Candidate]:
-    """The policy gradient and the one with gamma^t dropped, with and without a time limit, per trajectory and step."""
-    limit, gamma = setting.limit, setting.mdp.gamma
-    problems = {"": (setting.mdp, None)}
-    if limit is not None:
-        problems = {
-            f" of episodes cut at {limit} steps and bootstrapped there": (setting.mdp, limit),
-            f" of episodes that end at {limit} steps for good": (time_limited(setting.mdp, limit), None),
-        }
+    """The policy gradient, with gamma^t dropped, undiscounted; with and without a time limit; per trajectory and step.
+
+    Without discount there is no gamma^t to drop. Where episodes need not end there is no undiscounted return.
+    """
     found: dict[str, Tensor] = {}
-    for words, (mdp, cut) in problems.items():
-        for gradient in ("discounted", "undiscounted_states"):
-            dropped = gradient != "discounted" and gamma < 1.0
-            name = f"grad J{words}" + (" with gamma^t dropped" if dropped else "")
-            if name not in found:
-                found[name] = policy_gradient(
-                    mdp, setting.policy, gradient=gradient, limit=cut, parameters=setting.parameters
-                )
+    for words, mdp, cut in _with_and_without_limit(setting):
+        found[f"grad J{words}"] = _gradient(setting, mdp, cut)
+        if mdp.gamma < 1.0:
+            found[f"grad J{words} with gamma^t dropped"] = _gradient(setting, mdp, cut, "undiscounted_states")
+            if cut is None or episodes_end(setting):
+                found[f"grad J of the undiscounted return{words}"] = _gradient(setting, replace(mdp, gamma=1.0), cut)
     for name, value in found.items():
         yield single(name, value)
     for name, value in found.items():
         yield single(f"{name} / mean length", value / setting.mean_length)
+
+
+def episodes_end(setting: FiniteSetting) -> bool:
+    """Whether they do without a time limit, under the policy."""
+    with torch.no_grad():
+        return bool(solve(setting.mdp, setting.policy).undiscounted_visits.isfinite().all())
+
+
+def _with_and_without_limit(setting: FiniteSetting) -> Iterator[tuple[str, FiniteMDP, int | None]]:
+    """What to say of it, the problem, and after how many steps its episodes are cut and bootstrapped."""
+    limit = setting.limit
+    if limit is None:
+        yield "", setting.mdp, None
+        return
+    yield f" of episodes cut at {limit} steps and bootstrapped there", setting.mdp, limit
+    yield f" of episodes that end at {limit} steps for good", time_limited(setting.mdp, limit), None
+
+
+def _gradient(
+    setting: FiniteSetting,
+    mdp: FiniteMDP,
+    limit: int | None,
+    gradient: Literal["discounted", "undiscounted_states"] = "discounted",
+) -> Tensor:
+    return policy_gradient(mdp, setting.policy, gradient=gradient, limit=limit, parameters=setting.parameters)
 
 
 def token_candidates(setting: TokenSetting) -> Iterator[Candidate]:

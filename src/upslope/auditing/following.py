@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from upslope.auditing.candidates import ROUNDING, Candidate, candidates_of
-from upslope.auditing.loss import LossFunction, LossSource
-from upslope.auditing.moments import Moments, exact_moments, sampled_moments
+from upslope.auditing.loss import LossFunction, LossSource, asked_for
+from upslope.auditing.moments import FEWEST, Moments, exact_moments, sampled_moments
+from upslope.auditing.place import Problem, setting_of
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.tokens import TokenSetting
 from upslope.errors import UsageError
-from upslope.exact import PROBLEMS, TOKEN_PROBLEMS, problem
+from upslope.trajectory import Trajectory
 
-Follows: TypeAlias = Literal["unbiased", "proportional", "combination", "none", "nothing", "undetermined"]
-"""One gradient itself; a multiple of one; a sum of several; none of the candidates; no direction on average; or the
-problem has too few directions to tell."""
+Follows: TypeAlias = Literal["unbiased", "proportional", "combination", "none", "nothing", "constant", "undetermined"]
+"""One gradient itself; a multiple of one; a sum of several; none of the candidates; no direction on average; no
+direction in any batch; or the problem has too few directions to tell."""
+
+DEFAULT_SAMPLES = 20_000
+"""Trajectories drawn where there are too many batches to weight them all."""
+
+MOST_WEIGHTED = 20_000
+"""Batches that are weighted one by one; where there are more, batches are drawn."""
+
+_TOO_MANY = (
+    f"There are more than {MOST_WEIGHTED:,} batches to weight: about {DEFAULT_SAMPLES:,} trajectories were drawn "
+    "instead; samples sets how many."
+)
 
 _CONSISTENT = 1e-3
+
+_RIGHT_ANGLE = 0.1
+"""A cosine below this points neither uphill nor downhill."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +68,7 @@ class Following:
         downhill: whether it is followed downhill.
         comparisons: with each single gradient, in the order of the candidates.
         exact: whether every batch was weighted; else this is as far as the drawn batches show.
+        alike: other gradients that the drawn batches cannot tell from the one named.
     """
 
     kind: Follows
@@ -60,6 +77,7 @@ class Following:
     downhill: bool
     comparisons: tuple[Comparison, ...]
     exact: bool = True
+    alike: tuple[str, ...] = ()
 
     @property
     def closest(self) -> Comparison:
@@ -80,9 +98,12 @@ class Following:
     def __str__(self) -> str:
         """One line."""
         text = self._in_words()
-        if self.downhill and self.kind != "nothing":
+        if self.downhill:
             text = f"points downhill: {text}"
-        return text if self.exact else f"{text} (as far as the drawn batches show)"
+        if self.exact:
+            return text
+        others = f"; so would {' and '.join(self.alike)} be" if self.alike else ""
+        return f"{text} (as far as the drawn batches show{others})"
 
     def _in_words(self) -> str:
         if self.kind == "unbiased":
@@ -93,13 +114,19 @@ class Following:
             return f"follows {self.target_name}"
         if self.kind == "nothing":
             return "follows nothing: its mean gradient is 0, and what single batches have is noise"
+        if self.kind == "constant":
+            return (
+                "follows nothing: the loss does not depend on the policy's log-probabilities here, its gradient is 0 "
+                "in every batch"
+            )
         if self.kind == "undetermined":
             return (
                 "follows anything and nothing: this problem has too few directions to tell the gradients apart; audit "
                 "it on another one"
             )
         found = self.closest
-        angle = math.degrees(math.acos(min(abs(found.cosine), 1.0)))
+        cosine = abs(found.cosine) if self.downhill else found.cosine
+        angle = math.degrees(math.acos(max(min(cosine, 1.0), -1.0)))
         return f"follows none of these: closest {found.name}, cosine {found.cosine:.4f}, angle {angle:.3g} degrees"
 
 
@@ -111,11 +138,13 @@ class LossAudit:
         name: of the function.
         following: what it follows.
         report: its bias and spread against that.
+        note: why batches were drawn, if nobody asked for that.
     """
 
     name: str
     following: Following
     report: AuditReport
+    note: str = ""
 
     def tree(self) -> dict[str, object]:
         """For machines: what it follows, beside each single gradient, and the report's figures."""
@@ -131,12 +160,14 @@ class LossAudit:
             for found in self.following.comparisons
         ]
         head = f"  {'beside each exact gradient':<{width}}  {'cosine':>9}  {'factor':>10}"
-        return "\n".join([f"{self.name}: {self.following}", "", str(self.report), "", head, *table])
+        note = [self.note] if self.note else []
+        return "\n".join([f"{self.name}: {self.following}", *note, "", str(self.report), "", head, *table])
 
 
+@torch.enable_grad()
 def audit_loss(
     function: LossFunction,
-    on: str | TokenSetting | FiniteSetting = "tokens",
+    problem: Problem = "tokens",
     *,
     samples: int | None = None,
     size: int = 2,
@@ -146,39 +177,38 @@ def audit_loss(
     """Find out what a loss follows.
 
     Every batch there can be is weighted by its probability: of whole episodes one by one, of completions group by
-    group. A loss that uses what several of them have in common, such as a batch's standard deviation, is better asked
-    for `samples`, drawn in batches of 32 episodes or 4 groups.
+    group. Where there are more than `MOST_WEIGHTED` of them, `DEFAULT_SAMPLES` trajectories are drawn. A loss that uses
+    what several batches have in common, such as a batch's standard deviation, is better asked for `samples`, drawn in
+    batches of 32 episodes or 4 groups.
 
     Args:
         function: the loss; see `upslope.auditing.loss` for what it can ask for.
-        on: a named problem (`upslope.exact.TOKEN_PROBLEMS` and `PROBLEMS`), or a setting of your own.
-        samples: how many trajectories to draw; None weights every batch there is.
-        size: completions in a group, on a named completion problem.
-        gamma: discount on a named control problem; the problem's own if None.
-        seed: of the policy's parameters on a named problem, and of the drawing.
+        problem: a name (`upslope.exact.TOKEN_PROBLEMS` and `PROBLEMS`), a problem of your own, which gets a random
+            policy, or a setting of your own.
+        samples: how many trajectories to draw; None draws only where it must.
+        size: completions in a group; a setting has its own.
+        gamma: discount of a control problem; the problem's own if None.
+        seed: of the policy's parameters (a setting has its own), and of the drawing.
 
     Raises:
-        UsageError: if there is no such problem, or the function asks for what is not there, or returns no loss.
-        ValueError: if there are too many batches to weight them all (then ask for `samples`).
+        UsageError: if there is no such problem, its exact gradient is 0 or not defined, samples are too few, or the
+            function asks for what is not there, or returns no loss.
     """
-    setting = _named(on, size, gamma, seed) if isinstance(on, str) else on
+    asked_for(function)
+    setting = setting_of(problem, size, gamma, seed)
+    candidates = candidates_of(setting)
+    if not candidates:
+        raise UsageError(
+            f"the exact gradient is 0 on {setting.name}: nothing to hold a loss against. Choose a problem whose "
+            "rewards depend on the actions"
+        )
     tokens = isinstance(setting, TokenSetting)
-    source = LossSource(
-        function,
-        gamma=setting.gamma if tokens else setting.mdp.gamma,
-        reference=setting.reference if tokens else None,
-    )
-    parameters, rows = setting.parameters, 1
-    if samples is None:
-        weighted = [(p, source.ascent(setting.policy, parameters, batch)) for p, batch in setting.every()]
-        ascents, moments = torch.stack([ascent for _, ascent in weighted]), exact_moments(weighted)
-    else:
-        rows = setting.rows
-        batches = max(math.ceil(samples / (rows * setting.trajectories_per_row)), 1)
-        drawn = setting.drawn(batches, seed)
-        ascents = torch.stack([source.ascent(setting.policy, parameters, batch) for batch in drawn])
-        moments = sampled_moments(ascents)
-    following = what_it_follows(moments, candidates_of(setting), directions=int(torch.linalg.matrix_rank(ascents)))
+    source = LossSource(function, gamma=setting.gamma if tokens else setting.mdp.gamma)
+    if tokens:
+        source = replace(source, reference=setting.reference)
+    ascents, moments = _measured(source, setting, samples, seed)
+    rows = 1 if moments.exact else setting.rows
+    following = what_it_follows(moments, candidates, directions=_directions(ascents))
     report = AuditReport(
         subject=source.name,
         problem=setting.name,
@@ -189,18 +219,56 @@ def audit_loss(
         steps=rows * setting.steps_per_row,
         batches=len(ascents),
     )
-    return LossAudit(name=source.name, following=following, report=report)
+    return LossAudit(
+        name=source.name, following=following, report=report, note=_TOO_MANY if samples is None and rows > 1 else ""
+    )
 
 
-def _named(name: str, size: int, gamma: float | None, seed: int) -> TokenSetting | FiniteSetting:
-    if name in TOKEN_PROBLEMS:
-        return TokenSetting.build(name, size=size, seed=seed)
-    if name not in PROBLEMS:
-        raise UsageError(f"there is no problem {name!r}; there are: {', '.join((*TOKEN_PROBLEMS, *PROBLEMS))}")
-    named = problem(name)
-    if named.mdp.kind == "continuing":
-        raise UsageError(f"{name} goes on without end, and a loss is audited on whole episodes: choose another problem")
-    return FiniteSetting.build(named, gamma=named.mdp.gamma if gamma is None else gamma, unit="episodes", seed=seed)
+def _measured(
+    source: LossSource, setting: TokenSetting | FiniteSetting, samples: int | None, seed: int
+) -> tuple[Tensor, Moments]:
+    """[K, P] the ascent of each batch, and what is known of it."""
+    policy, parameters = setting.policy, setting.parameters
+    weighted = _every(setting) if samples is None else None
+    if weighted is not None:
+        ascents = torch.stack([source.ascent(policy, parameters, batch) for _, batch in weighted])
+        return ascents, exact_moments((chance, own) for (chance, _), own in zip(weighted, ascents, strict=True))
+    batches = _batches(setting, samples)
+    ascents = torch.stack([source.ascent(policy, parameters, batch) for batch in setting.drawn(batches, seed)])
+    return ascents, sampled_moments(ascents)
+
+
+def _every(setting: TokenSetting | FiniteSetting) -> list[tuple[float, Trajectory]] | None:
+    """All batches with their probabilities; None if there are too many."""
+    try:
+        found = list(islice(setting.every(), MOST_WEIGHTED + 1))
+    except ValueError:
+        return None
+    return None if len(found) > MOST_WEIGHTED else found
+
+
+def _batches(setting: TokenSetting | FiniteSetting, samples: int | None) -> int:
+    """How many batches have this many trajectories."""
+    each = setting.rows * setting.trajectories_per_row
+    if samples is None:
+        return max(math.ceil(DEFAULT_SAMPLES / each), FEWEST)
+    if samples <= (FEWEST - 1) * each:
+        raise UsageError(
+            f"{samples} samples are too few to know their spread: at least {FEWEST} batches of {each:g} trajectories "
+            f"are needed. Ask for {math.ceil(FEWEST * each)} samples or more"
+        )
+    return math.ceil(samples / each)
+
+
+def _directions(ascents: Tensor) -> int:
+    """How many independent directions the batches have, counted up to 64."""
+    generator = torch.Generator().manual_seed(0)
+    few = ascents
+    for _ in range(2):
+        if few.shape[1] > 64:
+            few = few @ torch.randn(few.shape[1], 64, generator=generator, dtype=few.dtype)
+        few = few.mT
+    return int(torch.linalg.matrix_rank(few))
 
 
 def what_it_follows(moments: Moments, candidates: Sequence[Candidate], *, directions: int) -> Following:
@@ -209,13 +277,16 @@ def what_it_follows(moments: Moments, candidates: Sequence[Candidate], *, direct
     Args:
         moments: of the ascent direction.
         candidates: the simplest first; at least one is a single gradient.
-        directions: how many independent directions the batches have; a candidate of as many terms fits anything.
+        directions: how many independent directions the batches have; a candidate of as many terms fits anything. 0 if
+            all of them are 0.
     """
     mean = moments.mean
     singles = [candidate for candidate in candidates if len(candidate.terms) == 1]
     comparisons = tuple(_compare(candidate, mean) for candidate in singles)
 
-    def found(kind: Follows, name: str, target: Tensor, *, downhill: bool = False) -> Following:
+    def found(
+        kind: Follows, name: str, target: Tensor, *, downhill: bool = False, alike: tuple[str, ...] = ()
+    ) -> Following:
         return Following(
             kind=kind,
             target_name=name,
@@ -223,27 +294,40 @@ def what_it_follows(moments: Moments, candidates: Sequence[Candidate], *, direct
             downhill=downhill,
             comparisons=comparisons,
             exact=moments.exact,
+            alike=alike,
         )
 
     first = singles[0]
+    if directions == 0:
+        return found("constant", first.terms[0], first.basis[0])
     if _nothing_left(moments, mean, scale=math.sqrt(moments.variance)):
         return found("nothing", first.terms[0], first.basis[0])
-    for candidate in sorted(singles, key=lambda single: float((mean - single.basis[0]).norm())):
-        if _nothing_left(moments, mean - candidate.basis[0], scale=float(mean.norm())):
-            return found("unbiased", candidate.terms[0], candidate.basis[0])
+    by_distance = sorted(singles, key=lambda single: float((mean - single.basis[0]).norm()))
+    same = [one for one in by_distance if _nothing_left(moments, mean - one.basis[0], scale=float(mean.norm()))]
+    if same:
+        alike = tuple(one.terms[0] for one in same[1:])
+        return found("unbiased", same[0].terms[0], same[0].basis[0], alike=alike)
     if directions <= 1:
         return found("undetermined", first.terms[0], first.basis[0])
     closest = max(range(len(singles)), key=lambda index: round(abs(comparisons[index].cosine), 9))
     factor, downhill = comparisons[closest].factor, comparisons[closest].factor < 0.0
     name = f"{abs(factor):.4g} x {singles[closest].terms[0]}"
     target = abs(factor) * singles[closest].basis[0]
-    if _nothing_left(moments, mean - factor * singles[closest].basis[0], scale=float(mean.norm())):
-        return found("proportional", name, target, downhill=downhill)
+    parallel = [
+        one
+        for one, compared in zip(singles, comparisons, strict=True)
+        if _nothing_left(moments, mean - compared.factor * one.basis[0], scale=float(mean.norm()))
+    ]
+    if any(one is singles[closest] for one in parallel):
+        alike = tuple(one.terms[0] for one in parallel if not _same_line(one, singles[closest]))
+        return found("proportional", name, target, downhill=downhill, alike=alike)
     for candidate in candidates:
         if 1 < len(candidate.terms) < directions:
             nearest = candidate.nearest(mean)
             if _nothing_left(moments, mean - nearest, scale=float(mean.norm())):
                 return found("combination", candidate.in_words(candidate.factors(mean)), nearest)
+    if abs(comparisons[closest].cosine) < _RIGHT_ANGLE:
+        return found("none", singles[closest].terms[0], singles[closest].basis[0])
     return found("none", name, target, downhill=downhill)
 
 
@@ -255,6 +339,10 @@ def _compare(candidate: Candidate, mean: Tensor) -> Comparison:
         cosine=along / max(float(mean.norm() * gradient.norm()), 1e-300),
         factor=along / float(gradient @ gradient),
     )
+
+
+def _same_line(one: Candidate, other: Candidate) -> bool:
+    return abs(float(torch.nn.functional.cosine_similarity(one.basis[0], other.basis[0], dim=0))) > 1.0 - 1e-9
 
 
 def _nothing_left(moments: Moments, rest: Tensor, *, scale: float) -> bool:

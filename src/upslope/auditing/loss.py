@@ -34,7 +34,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -61,16 +61,20 @@ def load_loss(place: str) -> LossFunction:
     return function
 
 
-@lru_cache(maxsize=64)
 def asked_for(function: LossFunction) -> tuple[str, ...]:
     """The names a loss will be given.
 
     Raises:
-        UsageError: if it needs a name that is not in the table, or hides what it needs.
+        UsageError: if it is no function, needs a name that is not in the table, or hides what it needs.
     """
-    name = getattr(function, "__name__", repr(function))
+    if not callable(function):
+        raise UsageError(
+            f"a loss is a function, and this is {function!r:.80}, a {type(function).__name__}: give the function "
+            "itself; upslope.auditing.loss.load_loss('path/to/file.py:function') gets one from a file"
+        )
+    name = _name(function)
     wanted: list[str] = []
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in _signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise UsageError(
                 f"{name} takes {parameter}: a loss gets what it asks for by name, so give it plain parameters such as "
@@ -86,6 +90,20 @@ def asked_for(function: LossFunction) -> tuple[str, ...]:
                 f"{', '.join(NAMES)}; give a parameter of its own a default"
             )
     return tuple(wanted)
+
+
+def _signature(function: LossFunction) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except ValueError as error:
+        raise UsageError(
+            f"{_name(function)} does not say what its parameters are called: wrap it in a function of your own that "
+            "asks for log_prob, reward, mask"
+        ) from error
+
+
+def _name(function: LossFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,25 +130,51 @@ class LossSource:
     @property
     def name(self) -> str:
         """Of the function."""
-        return getattr(self.function, "__name__", type(self.function).__name__)
+        return _name(self.function)
 
     def ascent(self, policy: Policy, parameters: Sequence[nn.Parameter], trajectory: Trajectory) -> Tensor:
         """[P] minus the gradient of the loss of this batch; 0 for parameters it does not depend on.
 
         Raises:
-            UsageError: if the loss reads what the problem lacks, or is no finite scalar with a gradient.
+            UsageError: if the loss reads what the problem lacks, is no finite real scalar with a gradient, or
+                differentiates itself.
         """
         given = _Given(self, policy, trajectory)
-        loss: Any = self.function(**{name: NAMES[name](given) for name in asked_for(self.function)})
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            with torch.enable_grad():
+                loss: Any = self.function(**{name: NAMES[name](given) for name in asked_for(self.function)})
+                if any(parameter.grad is not None for parameter in parameters):
+                    raise UsageError(self._differentiates)
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
         self._check(loss, trajectory)
-        parts = torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
-        gradient = torch.cat([part.reshape(-1) for part in parts])
-        if not bool(gradient.isfinite().all()):
+        ascent = -self._gradient(loss, parameters)
+        if not bool(ascent.isfinite().all()):
             raise UsageError(
                 f"the gradient of {self.name} is not finite, though its value {float(loss.detach())} is, "
                 f"{_where(trajectory)}: look for a square root or a division that is near 0 there"
             )
-        return -gradient
+        return ascent
+
+    @property
+    def _differentiates(self) -> str:
+        return (
+            f"{self.name} differentiates by itself (backward or torch.autograd.grad): return the loss and leave that "
+            "to the audit"
+        )
+
+    def _gradient(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        try:
+            parts = torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise UsageError(self._differentiates) from error
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def _check(self, loss: Any, trajectory: Trajectory) -> None:
         name = self.name
@@ -139,6 +183,12 @@ class LossSource:
         if loss.numel() != 1:
             raise UsageError(
                 f"{name} returned a tensor of shape {list(loss.shape)}: return one number, such as its sum or mean"
+            )
+        if not loss.is_floating_point():
+            kind = str(loss.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"{name} returned a tensor of type {kind}: a loss is a real number, of type float32 or float64; "
+                + ("take its real part" if loss.is_complex() else "whole numbers have no gradient")
             )
         if not math.isfinite(float(loss.detach())):
             raise UsageError(f"{name} returned {float(loss.detach())} {_where(trajectory)}: a loss must be finite")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from upslope.errors import UsageError
 from upslope.exact.tokens import TokenMDP, Tokens
 
 
@@ -12,10 +13,10 @@ def token_problem(name: str) -> TokenMDP:
     """One of `TOKEN_PROBLEMS`, made anew.
 
     Raises:
-        ValueError: if there is none of that name.
+        UsageError: if there is none, with the names there are.
     """
     if name not in TOKEN_PROBLEMS:
-        raise ValueError(f"there is no completion problem {name!r}: choose from {', '.join(sorted(TOKEN_PROBLEMS))}")
+        raise UsageError(f"there is no completion problem {name!r}: choose from {', '.join(sorted(TOKEN_PROBLEMS))}")
     return TOKEN_PROBLEMS[name]()
 
 
