@@ -7,7 +7,7 @@ import torch
 
 from upslope.algorithms import A2C, PPO, OneStepActorCritic, Reinforce, Target
 from upslope.auditing import Circumstances, audit
-from upslope.auditing.cases.algorithms import altered, variants
+from upslope.auditing.cases.algorithms import altered, cases, variants
 from upslope.auditing.declared import declaration, put_to_the_test
 from upslope.exact import FiniteMDP, NamedProblem, TabularPolicy
 
@@ -78,6 +78,18 @@ def test_a_problem_of_ones_own():
     assert report.verdict == "unbiased"
 
 
-def test_too_many_rows_to_weight_ask_for_samples():
-    with pytest.raises(ValueError, match="samples"):
-        audit(Reinforce(gamma=0.9), "loops")
+def test_rows_on_completions_break_one_condition_at_most():
+    """A mean over the steps of whole sequences is biased there as it is: nothing else can be seen to break."""
+    settings = [
+        case.setting
+        for case in cases()
+        if case.subject in ("A2C", "PPO") and case.setting.startswith("one completion a batch")
+    ]
+    assert settings == ["one completion a batch; exact critic, on-policy"] * 2
+
+
+def test_a_network_follows_the_gradient_as_a_table_does():
+    found = {case.setting: case.run() for case in cases() if "reward_to_go, a network" in case.setting}
+    assert [report.verdict for report in found.values()] == ["unbiased", "biased"]
+    assert all(report.as_declared for report in found.values())
+    assert {len(report.target) for report in found.values()} == {(7 + 1) * 8 + (8 + 1) * 2}

@@ -17,6 +17,8 @@ _BROKEN: dict[Condition, str] = {
     "no_time_limit": "a time limit cuts episodes, and what would follow counts as 0",
 }
 
+_ALIASED = "states look alike, so that no critic of what is seen is exact"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Circumstances:
@@ -28,6 +30,7 @@ class Circumstances:
         limit: time limit of the environment in steps, or None.
         limit_in_task: whether a limit is part of the task, as the length limit of a completion is.
         unit: what rows are; what the algorithm learns from if None.
+        aliased: whether states of different value look alike; the audit finds out by itself.
     """
 
     critic: Critic = "exact"
@@ -35,13 +38,15 @@ class Circumstances:
     limit: int | None = None
     limit_in_task: bool = False
     unit: Unit | None = None
+    aliased: bool = False
 
     def meet(self, condition: Condition) -> bool:
         """Whether the condition holds."""
+        right = self.critic == "exact" and not self.aliased
         if condition == "exact_critic":
-            return self.critic == "exact"
+            return right
         if condition == "exact_critic_at_limit":
-            return self.critic == "exact" or (self.limit is None and not self.limit_in_task)
+            return right or (self.limit is None and not self.limit_in_task)
         if condition == "on_policy":
             return self.behaviour == "on_policy"
         if condition == "fixed_steps":
@@ -53,14 +58,20 @@ class Circumstances:
         words = [f"{self.critic} critic", "on-policy" if self.behaviour == "on_policy" else "another policy acted"]
         words += [f"time limit {self.limit}"] if self.limit is not None else []
         words += [f"in {self.unit}"] if self.unit is not None else []
+        words += ["states look alike"] if self.aliased else []
         return ", ".join(words)
 
 
 def declaration(target: Target, circumstances: Circumstances) -> tuple[Literal["unbiased", "biased"], str]:
     """What the algorithm says of itself here, and why."""
     reasons = list(target.biased_by)
-    reasons += [_BROKEN[condition] for condition in target.requires if not circumstances.meet(condition)]
+    reasons += [_broken(condition, circumstances) for condition in target.requires if not circumstances.meet(condition)]
     return ("biased", "; ".join(reasons)) if reasons else ("unbiased", "")
+
+
+def _broken(condition: Condition, circumstances: Circumstances) -> str:
+    about_the_critic = condition in ("exact_critic", "exact_critic_at_limit")
+    return _ALIASED if about_the_critic and circumstances.aliased else _BROKEN[condition]
 
 
 def in_words(target: Target) -> str:

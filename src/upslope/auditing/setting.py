@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal, Protocol, TypeAlias
+from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from upslope.exact import (
     solve,
     state_time_occupancy,
 )
-from upslope.trajectory import Policy, Trajectory
+from upslope.trajectory import Policy, Trajectory, map_observation
 
 Unit: TypeAlias = Literal["episodes", "fragments"]
 """What a row of a batch is: a whole episode, or a fixed number of steps of an environment that resets itself."""
@@ -37,8 +37,23 @@ Critic: TypeAlias = Literal["exact", "perturbed"]
 Behaviour: TypeAlias = Literal["on_policy", "stale"]
 """Who acted: the policy differentiated, or one with other parameters."""
 
+
+class Audited(Policy, Protocol):
+    """A policy with parameters to differentiate by, such as any `nn.Module` that is a `Policy`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them, the critic's included."""
+        ...
+
+
+_Audited = TypeVar("_Audited", bound=Audited)
+_Own = TypeVar("_Own", bound=Audited)
+
 _AT_ONCE = 16
 """Batches of whole episodes that are collected at once: an environment goes on to its next episode."""
+
+_ALIKE = 1e-9
+"""Values closer than this, relative to the largest, are the same."""
 
 
 class Setting(Protocol):
@@ -84,13 +99,13 @@ class Setting(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FiniteSetting:
+class FiniteSetting(Generic[_Audited]):
     """A finite MDP with a policy whose steps stand on their own.
 
     Attributes:
         problem: its name.
         mdp: its tables, with the discount the estimator uses.
-        policy: differentiated, its critic set.
+        policy: differentiated, its critic set where that is a table.
         behaviour: who acts; the same object as `policy` where data is on-policy.
         unit: what a row is.
         rows: per drawn batch.
@@ -100,16 +115,15 @@ class FiniteSetting:
 
     problem: str
     mdp: FiniteMDP
-    policy: StatePolicy
-    behaviour: StatePolicy
+    policy: _Audited
+    behaviour: _Audited
     unit: Unit
     rows: int
     row_steps: int
     limit: int | None
 
-    @classmethod
+    @staticmethod
     def build(
-        cls,
         problem: NamedProblem,
         *,
         gamma: float,
@@ -120,8 +134,8 @@ class FiniteSetting:
         rows: int = 32,
         row_steps: int = 4,
         seed: int = 0,
-    ) -> FiniteSetting:
-        """A setting on a named problem.
+    ) -> FiniteSetting[StatePolicy]:
+        """A setting on a named problem, with its own policy.
 
         Args:
             problem: the problem and the kind of policy it is looked at with.
@@ -134,26 +148,47 @@ class FiniteSetting:
             row_steps: T of a fragment.
             seed: of the policy's parameters.
         """
+        return FiniteSetting.of(
+            problem,
+            problem.policy(seed),
+            gamma=gamma,
+            unit=unit,
+            critic=critic,
+            behaviour=behaviour,
+            limit=limit,
+            rows=rows,
+            row_steps=row_steps,
+        )
+
+    @staticmethod
+    def of(
+        problem: NamedProblem,
+        policy: _Own,
+        *,
+        gamma: float,
+        unit: Unit,
+        critic: Critic = "exact",
+        behaviour: Behaviour = "on_policy",
+        limit: int | None = None,
+        rows: int = 32,
+        row_steps: int = 4,
+    ) -> FiniteSetting[_Own]:
+        """A setting on a named problem, with a policy of one's own.
+
+        Args:
+            problem: the problem.
+            policy: any whose steps stand on their own. Where its critic is a table, that is set; any other critic stays
+                what it is.
+            gamma, unit, critic, behaviour, limit, rows, row_steps: as in `build`.
+        """
         mdp = replace(problem.mdp, gamma=gamma)
-        policy = problem.policy(seed)
-        with torch.no_grad():
-            policy.value.copy_(observed_value(mdp, solve(mdp, policy)))
-            if critic == "perturbed":
-                size = 0.5 * (policy.value.std() + 0.1)
-                policy.value.add_(size * torch.cos(1.0 + 3.0 * torch.arange(len(policy.value), dtype=torch.float64)))
-        acting = policy
-        if behaviour == "stale":
-            acting = copy.deepcopy(policy)
-            moved = actor_parameters(mdp, acting)
-            with torch.no_grad():
-                for parameter in moved:
-                    wave = torch.sin(1.0 + torch.arange(parameter.numel(), dtype=torch.float64))
-                    parameter.add_(0.5 * wave.view(parameter.shape))
-        return cls(
+        if isinstance(policy, StatePolicy):
+            set_critic(mdp, policy, critic)
+        return FiniteSetting(
             problem=problem.name,
             mdp=mdp,
             policy=policy,
-            behaviour=acting,
+            behaviour=policy if behaviour == "on_policy" else _moved(mdp, policy),
             unit=unit,
             rows=rows,
             row_steps=row_steps,
@@ -169,6 +204,17 @@ class FiniteSetting:
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Those that log pi depends on."""
         return actor_parameters(self.mdp, self.policy)
+
+    @property
+    def aliased(self) -> bool:
+        """Whether states that are visited look alike and differ in value, so that no critic of observations is v."""
+        with torch.no_grad():
+            solution = solve(self.mdp, self.policy)
+        visited = ((solution.on_policy > 0) & ~self.mdp.terminal).nonzero().squeeze(-1)
+        seen, value = self.mdp.observation[visited], solution.value[visited]
+        _, looks = torch.unique(seen, dim=0, return_inverse=True)
+        low = torch.full((len(visited),), torch.inf, dtype=torch.float64).scatter_reduce(0, looks, value, "amin")
+        return bool((value - low[looks] > _ALIKE * value.abs().max()).any())
 
     @property
     def mean_length(self) -> float:
@@ -208,7 +254,12 @@ class FiniteSetting:
             updates = (collector.collect(self.behaviour, update) for update in range(before + batches))
             shown = islice(updates, before, None)
         for trajectory in shown:
-            yield replace(trajectory, reward=trajectory.reward.to(torch.float64))
+            yield replace(
+                trajectory,
+                observation=map_observation(_doubled, trajectory.observation),
+                final_observation=map_observation(_doubled, trajectory.final_observation),
+                reward=trajectory.reward.to(torch.float64),
+            )
 
     def exact_gradient(self, target: Target) -> Tensor:
         """[P] what a declared target is here."""
@@ -241,7 +292,31 @@ def _piece(trajectory: Trajectory, part: int, rows: int) -> Trajectory:
     )
 
 
-def actor_parameters(mdp: FiniteMDP, policy: StatePolicy) -> tuple[nn.Parameter, ...]:
+def set_critic(mdp: FiniteMDP, policy: StatePolicy, critic: Critic) -> None:
+    """Put v_pi, or that plus an error, into the critic's table."""
+    with torch.no_grad():
+        policy.value.copy_(observed_value(mdp, solve(mdp, policy)))
+        if critic == "perturbed":
+            size = 0.5 * (policy.value.std() + 0.1)
+            policy.value.add_(size * torch.cos(1.0 + 3.0 * torch.arange(len(policy.value), dtype=torch.float64)))
+
+
+def _moved(mdp: FiniteMDP, policy: _Audited) -> _Audited:
+    """One that acts differently."""
+    other = copy.deepcopy(policy)
+    moved = actor_parameters(mdp, other)
+    with torch.no_grad():
+        for parameter in moved:
+            wave = torch.sin(1.0 + torch.arange(parameter.numel(), dtype=torch.float64))
+            parameter.add_(0.5 * wave.view(parameter.shape))
+    return other
+
+
+def _doubled(observation: Tensor) -> Tensor:
+    return observation.to(torch.float64) if observation.is_floating_point() else observation
+
+
+def actor_parameters(mdp: FiniteMDP, policy: Audited) -> tuple[nn.Parameter, ...]:
     """The trainable parameters that log pi(a|s) depends on."""
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     total = policy.log_prob(mdp.observation, torch.zeros(mdp.states, dtype=torch.long)).sum()

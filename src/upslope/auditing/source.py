@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -56,22 +56,24 @@ class Recorder:
         return float(ascent.norm())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AlgorithmSource:
     """An algorithm, through the training step: advantage, weights, loss, minibatches, micro-batches, passes.
 
     Attributes:
         algorithm: under audit.
         micro_batches: pieces per optimiser step.
-        seed: of the shuffling into minibatches.
+        seed: of the shuffling into minibatches, which is another one for each batch.
+        batches: how many it has seen.
     """
 
     algorithm: Algorithm
     micro_batches: int = 1
     seed: int = 0
+    batches: int = field(default=0, init=False)
 
     def ascent(self, policy: Policy, parameters: Sequence[nn.Parameter], trajectory: Trajectory) -> Tensor:
-        """The mean over the update's optimiser steps, all at the same parameters."""
+        """The mean over the update's optimiser steps, all at the same parameters; 0 where it stops before the first."""
         recorder = Recorder(parameters, micro_batches=self.micro_batches)
         learn(
             policy,
@@ -82,14 +84,17 @@ class AlgorithmSource:
             learning_rate=0.0,
             generator=self._generator(),
         )
+        self.batches += 1
         if len(recorder.ascents) == 1:
             return recorder.ascents[0]
+        if not recorder.ascents:
+            return torch.cat([torch.zeros(p.numel(), dtype=p.dtype) for p in parameters])
         return torch.stack(recorder.ascents).mean(0)
 
     def _generator(self) -> np.random.Generator:
         if self.algorithm.passes.minibatches == 1:
             return _UNUSED
-        return stream(self.seed, Purpose.SHUFFLE)
+        return stream(self.seed, Purpose.SHUFFLE, self.batches)
 
 
 _UNUSED = np.random.Generator(np.random.Philox(0))
