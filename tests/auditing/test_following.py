@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def test_drawn_batches_name_what_they_cannot_tell_apart() -> None:
     assert sorted([found.target_name, *found.alike]) == ["grad A", "grad A'"]
     found = what_it_follows(sampled_moments(noise + vector(6, 8, 0, 0)), near, directions=4)
     assert found.kind == "proportional"
-    assert len(found.alike) in (1, 2)
+    assert len(found.alike) == 1
     assert "; so would grad A" in str(found)
 
 
@@ -153,9 +153,9 @@ def test_without_discount_there_is_no_gamma_to_drop() -> None:
 
 
 def going_on() -> FiniteMDP:
-    """Two states and no end: 1 for going to the second state."""
+    """Two states and no end: the second is worth going to, and more so staying in."""
     transition = torch.eye(2, dtype=torch.float64).expand(2, 2, 2)
-    reward = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(2, 2, 2)
+    reward = torch.tensor([[[0.0, 1.0]], [[2.0, 5.0]]], dtype=torch.float64).expand(2, 2, 2)
     return FiniteMDP(
         transition=transition,
         reward=reward,
@@ -322,14 +322,15 @@ def test_too_few_samples(where: str, samples: int, needed: int) -> None:
 
 
 def test_a_callable_without_a_hash_and_a_caller_without_gradients() -> None:
+    @dataclass
     class Scaled:
-        __hash__ = None
+        factor: float
 
         def __call__(self, log_prob, reward, mask):
-            return 2.0 * without_gamma(log_prob, reward, mask)
+            return self.factor * without_gamma(log_prob, reward, mask)
 
     with torch.no_grad():
-        found = audit_loss(Scaled(), "two-state", gamma=1.0)
+        found = audit_loss(Scaled(2.0), "two-state", gamma=1.0)
         assert not torch.is_grad_enabled()
     assert str(found.following) == "proportional to grad J (factor 2)"
     assert found.name == "Scaled"

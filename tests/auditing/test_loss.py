@@ -191,8 +191,9 @@ def test_gradients_are_on_for_a_loss_and_as_they_were_after_it() -> None:
     with pytest.raises(UsageError, match="without gradient"):
         ascent(turns_them_off)
     assert torch.is_grad_enabled()
+    source, parameters, batch = LossSource(kept), TOKENS.parameters, batch_of(TOKENS)
     with torch.no_grad():
-        assert ascent(kept).any()
+        assert source.ascent(TOKENS.policy, parameters, batch).any()
         assert not torch.is_grad_enabled()
 
 

@@ -319,7 +319,11 @@ def what_it_follows(moments: Moments, candidates: Sequence[Candidate], *, direct
         if _nothing_left(moments, mean - compared.factor * one.basis[0], scale=float(mean.norm()))
     ]
     if any(one is singles[closest] for one in parallel):
-        alike = tuple(one.terms[0] for one in parallel if not _same_line(one, singles[closest]))
+        lines = [singles[closest]]
+        for one in parallel:
+            if not any(_same_line(one, other) for other in lines):
+                lines.append(one)
+        alike = tuple(one.terms[0] for one in lines[1:])
         return found("proportional", name, target, downhill=downhill, alike=alike)
     for candidate in candidates:
         if 1 < len(candidate.terms) < directions:
