@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -207,6 +207,16 @@ def test_what_has_no_meaning_is_refused() -> None:
         alone.step(2)
     with pytest.raises(ValueError, match="actions are 0 to 1"):
         together.step(np.array([0, -1]))
+    for action in (0.5, True, np.array([0]), float("nan")):
+        with pytest.raises(ValueError, match="actions are 0 to 1, whole numbers; got"):
+            alone.step(action)
+    with pytest.raises(ValueError, match=r"whole numbers; got 0\.0 to 0\.5"):
+        together.step(np.array([0.0, 0.5]))
+    for limit in (2.5, 2.0, True):
+        with pytest.raises(ValueError, match="at least 1 step, a whole number, or None for no limit; got"):
+            FiniteEnvironment(mdp, cast(int, limit))
+        with pytest.raises(ValueError, match="at least 1 step, a whole number, or None for no limit; got"):
+            FiniteVectorEnvironment(mdp, 1, cast(int, limit))
     tree = together.snapshot()
     with pytest.raises(ValueError, match="resume with count=2"):
         FiniteVectorEnvironment(mdp, 3).restore(tree)

@@ -164,3 +164,65 @@ def test_states_that_are_not_there_are_refused() -> None:
         FiniteMDP.from_tables([[[0, 1]], [[0, 1]]], [[1], [0]], terminal=[2])
     with pytest.raises(ValueError, match="start must be a state from 0 to 1"):
         FiniteMDP.from_tables([[[0, 1]], [[0, 1]]], [[1], [0]], terminal=[1], start=2)
+
+
+WAY, GAIN = [[[0, 0.5, 0.5]], [[0, 0, 1]], [[0, 0, 0]]], [[1], [1], [0]]
+
+
+@pytest.mark.parametrize(
+    "terminal", [[2], (2,), np.array([2]), [False, False, True], np.array([False, False, True]), [np.int64(2)]]
+)
+def test_terminal_states_by_number_or_one_boolean_each(terminal: list[int]) -> None:
+    assert FiniteMDP.from_tables(WAY, GAIN, terminal=terminal).terminal.tolist() == [False, False, True]
+
+
+def test_two_booleans_are_no_numbers_and_a_mask_may_name_the_first_state() -> None:
+    mdp = FiniteMDP.from_tables([[[0, 0]], [[1, 0]]], [[0], [1]], start=1, terminal=[True, False])
+    assert mdp.terminal.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("terminal", [[2.0], [False, True], [0, True], 2, [[2]], ["2"], [0.0, 0.0, 1.0]])
+def test_what_names_no_terminal_states_is_refused(terminal: list[int]) -> None:
+    with pytest.raises(ValueError, match="numbers of the terminal states, or one boolean for each of the 3 states"):
+        FiniteMDP.from_tables(WAY, GAIN, terminal=terminal)
+
+
+@pytest.mark.parametrize("start", [0, np.int64(0), np.uint8(0), np.array(0), [1.0, 0.0, 0.0]])
+def test_a_start_by_any_whole_number(start: int) -> None:
+    assert FiniteMDP.from_tables(WAY, GAIN, terminal=[2], start=start).start.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("start", [True, 0.0, 3, -1, np.bool_(True)])
+def test_a_start_that_is_no_state_is_refused(start: int) -> None:
+    with pytest.raises(ValueError, match=r"start must be a state from 0 to 2 or a distribution \[S\]"):
+        FiniteMDP.from_tables(WAY, GAIN, terminal=[2], start=start)
+
+
+def test_observations_must_be_there_and_finite() -> None:
+    with pytest.raises(ValueError, match="observation is empty"):
+        FiniteMDP.from_tables(WAY, GAIN, terminal=[2], observation=[])
+    with pytest.raises(ValueError, match="observation must have one entry for each of the 3 states"):
+        replace(FiniteMDP.from_tables(WAY, GAIN, terminal=[2]), observation=torch.zeros(3, 0))
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="the observation of state 1 is not finite"):
+            FiniteMDP.from_tables(WAY, GAIN, terminal=[2], observation=[[0.0, 1.0], [0.0, value], [1.0, 1.0]])
+
+
+def test_sums_within_the_tolerance_are_made_exact() -> None:
+    """Over 10,000 steps a row that sums to 1 + 9e-10 would make the probability of being somewhere 1 + 9e-6."""
+    off = 9e-10
+    mdp = FiniteMDP.from_tables(
+        [[[0.25, 0.75 + off]], [[0.5 - off, 0.5]]], [[1], [0]], start=[0.5 + off, 0.5], gamma=0.9
+    )
+    somewhere = mdp.start @ torch.linalg.matrix_power(mdp.transition[:, 0], 10_000)
+    assert abs(float(somewhere.sum()) - 1.0) < 1e-11
+    assert float(mdp.transition[0, 0, 1]) / 3.0 == pytest.approx(float(mdp.transition[0, 0, 0]), rel=2e-9)
+    again = replace(mdp, gamma=0.5)
+    assert torch.equal(again.transition, mdp.transition)
+    assert torch.equal(again.start, mdp.start)
+
+
+def test_sums_that_are_right_to_rounding_are_left_alone() -> None:
+    tenths = [0.1] * 10
+    mdp = FiniteMDP.from_tables([[tenths]] * 10, [[1.0]] * 10, gamma=0.9)
+    assert mdp.transition.flatten().tolist() == tenths * 10

@@ -10,12 +10,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import gymnasium
 import numpy as np
-from torch import Tensor
 
+from upslope.collect._finite_tables import Lookup, Tables
 from upslope.collect.convert import ObservationLayout
 from upslope.collect.vector import Resume, Step
 from upslope.spaces import Discrete, Leaf, Space
@@ -23,45 +23,6 @@ from upslope.trajectory import Tree
 
 _BLOCK = 1 << 18
 """How many uniform numbers are drawn ahead, over all environments: 2 MiB."""
-
-
-class Tables(Protocol):
-    """A finite problem: what an `upslope.exact.FiniteMDP` is made of."""
-
-    @property
-    def transition(self) -> Tensor:
-        """[S, A, S] p(s'|s,a)."""
-        ...
-
-    @property
-    def reward(self) -> Tensor:
-        """[S, A, S] expected reward of each transition."""
-        ...
-
-    @property
-    def start(self) -> Tensor:
-        """[S] distribution of the first state."""
-        ...
-
-    @property
-    def terminal(self) -> Tensor:
-        """[S] bool: nothing follows."""
-        ...
-
-    @property
-    def observation(self) -> Tensor:
-        """[S, ...] what is seen of each state."""
-        ...
-
-    @property
-    def reward_value(self) -> Tensor | None:
-        """[S, A, S, R] the rewards there are, where they are random."""
-        ...
-
-    @property
-    def reward_probability(self) -> Tensor | None:
-        """[S, A, S, R] and their probabilities."""
-        ...
 
 
 @final
@@ -79,7 +40,7 @@ class FiniteEnvironment(gymnasium.Env[Any, Any]):
     """
 
     def __init__(self, tables: Tables, time_limit: int | None = None) -> None:
-        self._lookup = _Lookup.build(tables)
+        self._lookup = Lookup.build(tables)
         self._limit = _checked_limit(time_limit)
         self.observation_space = _observation_space(self._lookup.observation)
         self.action_space = gymnasium.spaces.Discrete(self._lookup.actions)
@@ -105,14 +66,15 @@ class FiniteEnvironment(gymnasium.Env[Any, Any]):
         lookup = self._lookup
         if self.state is None or lookup.terminal[self.state]:
             raise gymnasium.error.ResetNeeded("no episode is under way: call reset() first")
-        if not 0 <= action < lookup.actions:
-            raise ValueError(f"actions are 0 to {lookup.actions - 1}, got {action}")
-        row = self.state * lookup.actions + int(action)
+        chosen = np.asarray(action)
+        if chosen.ndim or chosen.dtype.kind not in "iu" or not 0 <= chosen < lookup.actions:
+            raise ValueError(f"actions are 0 to {lookup.actions - 1}, whole numbers; got {action}")
+        row = self.state * lookup.actions + int(chosen)
         place = row * lookup.width + bisect_right(self._thresholds[row], self.np_random.random())
         reward = lookup.reward[place]
         if lookup.reward_threshold is not None and lookup.reward_value is not None:
-            chosen = bisect_right(lookup.reward_threshold[place], self.np_random.random())
-            reward = lookup.reward_value[place, chosen]
+            picked = bisect_right(lookup.reward_threshold[place], self.np_random.random())
+            reward = lookup.reward_value[place, picked]
         self.state = int(lookup.following[place])
         self.elapsed += 1
         terminated = bool(lookup.terminal[self.state])
@@ -149,7 +111,7 @@ class FiniteVectorEnvironment:
             raise ValueError(f"at least one environment is needed, got count={count}")
         self.num_envs = count
         self.resume: Resume = resume
-        self._lookup = _Lookup.build(tables)
+        self._lookup = Lookup.build(tables)
         self._limit = _checked_limit(time_limit)
         self.observation_space: Space = ObservationLayout(_observation_space(self._lookup.observation)).space
         self.action_space: Leaf = Discrete(self._lookup.actions)
@@ -179,8 +141,10 @@ class FiniteVectorEnvironment:
         lookup, streams = self._lookup, self._streams
         if streams is None:
             raise gymnasium.error.ResetNeeded("no episode is under way: call reset() first")
-        if action.min() < 0 or action.max() >= lookup.actions:
-            raise ValueError(f"actions are 0 to {lookup.actions - 1}, got {action.min()} to {action.max()}")
+        if action.dtype.kind not in "iu" or action.min() < 0 or action.max() >= lookup.actions:
+            raise ValueError(
+                f"actions are 0 to {lookup.actions - 1}, whole numbers; got {action.min()} to {action.max()}"
+            )
         row = self._state * lookup.actions + action
         place = row * lookup.width + _pick(lookup.threshold[row], streams.draw())
         reward = lookup.reward[place]
@@ -275,73 +239,6 @@ class FiniteFactory:
         return FiniteVectorEnvironment(self.tables, count, self.time_limit, resume=resume)
 
 
-@dataclass(frozen=True, slots=True)
-class _Lookup:
-    """Tables as the environments read them: of each state and action only what can follow, K states at most.
-
-    A uniform number u picks the first entry whose threshold, the sum of probabilities up to it, lies above u.
-
-    Attributes:
-        actions, width: A and K.
-        threshold: [S A, K] infinite from the last state that can follow on.
-        following, reward: [S A K].
-        terminal: [S] bool.
-        start_threshold, start: [number of states to begin in].
-        observation: [S, ...].
-        reward_threshold, reward_value: [S A K, R], where rewards are random.
-    """
-
-    actions: int
-    width: int
-    threshold: np.ndarray
-    following: np.ndarray
-    reward: np.ndarray
-    terminal: np.ndarray
-    start_threshold: np.ndarray
-    start: np.ndarray
-    observation: np.ndarray
-    reward_threshold: np.ndarray | None
-    reward_value: np.ndarray | None
-
-    @classmethod
-    def build(cls, tables: Tables) -> _Lookup:
-        states, actions, _ = tables.transition.shape
-        threshold, following = _thresholds(tables.transition.reshape(states * actions, states).numpy())
-        row = np.arange(len(following))[:, None]
-        start_threshold, start = _thresholds(tables.start.numpy()[None])
-        reward_threshold = reward_value = None
-        if tables.reward_value is not None and tables.reward_probability is not None:
-            shape = (states * actions, states, tables.reward_value.shape[-1])
-            chance = tables.reward_probability.reshape(shape).numpy()[row, following]
-            value = tables.reward_value.reshape(shape).numpy()[row, following].reshape(-1, shape[-1])
-            reward_threshold, chosen = _thresholds(chance.reshape(-1, shape[-1]))
-            reward_value = np.take_along_axis(value, chosen, axis=1)
-        return cls(
-            actions=actions,
-            width=following.shape[1],
-            threshold=threshold,
-            following=following.reshape(-1),
-            reward=tables.reward.reshape(states * actions, states).numpy()[row, following].reshape(-1),
-            terminal=tables.terminal.numpy().copy(),
-            start_threshold=start_threshold[0],
-            start=start[0],
-            observation=_observation_array(tables.observation),
-            reward_threshold=reward_threshold,
-            reward_value=reward_value,
-        )
-
-
-def _thresholds(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row [M, X]: thresholds and indices of the entries that are not 0, both [M, K]."""
-    possible = probability > 0.0
-    count = possible.sum(axis=1, keepdims=True)
-    width = max(int(count.max()), 1)
-    index = np.argsort(~possible, axis=1, kind="stable")[:, :width]
-    threshold = np.cumsum(np.take_along_axis(probability, index, axis=1), axis=1, dtype=np.float64)
-    threshold[np.arange(width) >= count - 1] = np.inf
-    return threshold, np.ascontiguousarray(index)
-
-
 def _pick(threshold: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """The first entry of each row [N, K] that lies above its number [N]."""
     return np.count_nonzero(threshold <= uniform[:, None], axis=1)
@@ -398,15 +295,6 @@ class _Streams:
         self._left = self._columns
 
 
-def _observation_array(observation: Tensor) -> np.ndarray:
-    array = observation.detach().numpy().copy()
-    return array.astype(np.int64 if array.dtype.kind in "iu" and array.ndim == 1 else _seen_dtype(array), copy=False)
-
-
-def _seen_dtype(array: np.ndarray) -> np.dtype[Any]:
-    return array.dtype if array.dtype.kind in "iu" else np.dtype(np.float32)
-
-
 def _observation_space(observation: np.ndarray) -> gymnasium.Space[Any]:
     """Of the observations of all states, [S, ...]."""
     low, high = observation.min(), observation.max()
@@ -417,6 +305,8 @@ def _observation_space(observation: np.ndarray) -> gymnasium.Space[Any]:
 
 
 def _checked_limit(limit: int | None) -> int | None:
-    if limit is not None and limit < 1:
-        raise ValueError(f"a time limit is at least 1 step, or None for no limit; got {limit}")
-    return limit
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
+        raise ValueError(f"a time limit is at least 1 step, a whole number, or None for no limit; got {limit}")
+    return int(limit)

@@ -9,6 +9,18 @@ from upslope.exact._chain import closed_classes, reachable
 
 TOLERANCE = 1e-9
 """How far a sum of probabilities may be from 1, and an expected reward from the mean of its distribution."""
+_ROUNDING = 1e-15
+
+
+def normalised(table: Tensor) -> Tensor:
+    """Probabilities along the last axis, their sums brought to 1 to rounding where they were within the tolerance.
+
+    Without that a product over many steps would be off by as many times the tolerance.
+    """
+    total = table.sum(-1, keepdim=True)
+    distance = (total - 1.0).abs()
+    close = (distance > _ROUNDING) & (distance <= TOLERANCE)
+    return torch.where(close, table / total, table) if bool(close.any()) else table
 
 
 def check_tables(
@@ -31,11 +43,14 @@ def check_tables(
     ):
         if table.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to go with transition; got {tuple(table.shape)}")
-    if observation.dim() == 0 or observation.shape[0] != states:
+    if observation.dim() == 0 or observation.shape[0] != states or observation.numel() == 0:
         raise ValueError(
             f"observation must have one entry for each of the {states} states, terminal ones included; got shape "
             f"{tuple(observation.shape)}"
         )
+    unseen = (~observation.isfinite()).nonzero()
+    if len(unseen):
+        raise ValueError(f"the observation of state {int(unseen[0, 0])} is not finite: every entry must be a number")
     if terminal.dtype != torch.bool:
         raise ValueError(f"terminal must be boolean; got {terminal.dtype}: use .bool()")
     for name, table in (("transition", transition), ("reward", reward), ("start", start)):

@@ -12,7 +12,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from upslope.exact._toy_text import ToyText, read_toy_text
-from upslope.exact._validation import check_continuing, check_episodes_end, check_reward_distribution, check_tables
+from upslope.exact._validation import (
+    check_continuing,
+    check_episodes_end,
+    check_reward_distribution,
+    check_tables,
+    normalised,
+)
 
 Kind: TypeAlias = Literal["episodic", "continuing"]
 """Whether J is the expected (discounted) return of an episode, or the average reward per step of an endless one."""
@@ -32,7 +38,8 @@ class FiniteMDP:
     | o(s) | `observation` | [S, ...] | what a policy sees of each state: its number, unless states are to look alike |
     | | `reward_value`, `reward_probability` | [S, A, S, K] or None | distribution of the reward, where it is random |
 
-    An episodic problem with gamma < 1 need not have terminal states.
+    An episodic problem with gamma < 1 need not have terminal states. Probabilities may miss their sum of 1 by 1e-9, and
+    are then divided by it.
 
     Raises:
         ValueError: if the tables do not describe such a problem: a shape, type or number; a sum of probabilities that
@@ -51,14 +58,17 @@ class FiniteMDP:
     reward_probability: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Let a policy see the state's number where nothing else is said; check everything."""
-        if self.observation.numel() == 0:
+        """Let a policy see the state's number where nothing else is said; check everything, and make sums exact."""
+        if self.observation.shape == (0,):
             object.__setattr__(self, "observation", torch.arange(self.states))
         check_tables(self.transition, self.reward, self.start, self.terminal, self.observation, self.gamma)
         if (self.reward_value is None) != (self.reward_probability is None):
             raise ValueError("a random reward needs both reward_value and reward_probability, [S, A, S, K] each")
         if self.reward_value is not None and self.reward_probability is not None:
             check_reward_distribution(self.transition, self.reward, self.reward_value, self.reward_probability)
+            object.__setattr__(self, "reward_probability", normalised(self.reward_probability))
+        object.__setattr__(self, "transition", normalised(self.transition))
+        object.__setattr__(self, "start", normalised(self.start))
         if self.kind == "continuing":
             check_continuing(self.transition, self.start, self.terminal)
         elif self.kind == "episodic":
@@ -84,7 +94,7 @@ class FiniteMDP:
         reward: ArrayLike,
         *,
         start: ArrayLike | int = 0,
-        terminal: Sequence[int] = (),
+        terminal: Sequence[int] | Sequence[bool] | np.ndarray = (),
         gamma: float = 1.0,
         kind: Kind = "episodic",
         observation: ArrayLike | None = None,
@@ -102,7 +112,7 @@ class FiniteMDP:
             transition: [S, A, S], p(s'|s,a).
             reward: [S, A, S], or [S, A] where it does not depend on what follows.
             start: [S], or the number of the one state in which episodes begin.
-            terminal: numbers of the terminal states.
+            terminal: numbers of the terminal states, or [S] booleans.
             gamma, kind, reward_value, reward_probability: as in the class.
             observation: [S, ...]; the state's number if None.
 
@@ -113,16 +123,13 @@ class FiniteMDP:
         if gain.dim() == 2 and probability.dim() == 3:
             gain = gain.unsqueeze(-1).expand(*gain.shape, probability.shape[-1]).clone()
         states = probability.shape[0]
-        outside = [state for state in terminal if not 0 <= state < states]
-        if outside:
-            raise ValueError(f"terminal must name states from 0 to {states - 1}; got {outside}")
-        ended = torch.zeros(states, dtype=torch.bool)
-        ended[list(terminal)] = True
+        if observation is not None and np.size(observation) == 0:
+            raise ValueError("observation is empty: give one entry for each state, or None for the state's number")
         return cls(
             transition=probability,
             reward=gain,
-            start=_single_state(start, states) if isinstance(start, int) else _double(start),
-            terminal=ended,
+            start=_start(start, states),
+            terminal=_terminal(terminal, states),
             gamma=gamma,
             kind=kind,
             observation=torch.zeros(0) if observation is None else torch.as_tensor(np.asarray(observation)),
@@ -153,7 +160,32 @@ def _double(table: Any) -> Tensor:
     return torch.as_tensor(np.array(table, dtype=np.float64))
 
 
-def _single_state(state: int, states: int) -> Tensor:
-    if not 0 <= state < states:
-        raise ValueError(f"start must be a state from 0 to {states - 1} or a distribution [S]; got {state}")
-    return torch.eye(states, dtype=torch.float64)[state]
+def _start(start: Any, states: int) -> Tensor:
+    """A distribution, or the one state that a number names."""
+    given = np.asarray(start)
+    if given.ndim:
+        return _double(given)
+    if given.dtype.kind not in "iu" or not 0 <= given < states:
+        raise ValueError(f"start must be a state from 0 to {states - 1} or a distribution [S]; got {start}")
+    return torch.eye(states, dtype=torch.float64)[int(given)]
+
+
+def _terminal(terminal: Any, states: int) -> Tensor:
+    """[S] bool, from that or from the numbers of the states."""
+    given = np.asarray(terminal)
+    if given.dtype == bool and given.shape == (states,):
+        return torch.from_numpy(given.copy())
+    ended = torch.zeros(states, dtype=torch.bool)
+    if given.shape == (0,):
+        return ended
+    mixed = given.ndim == 1 and any(isinstance(entry, bool | np.bool_) for entry in terminal)
+    if given.ndim != 1 or given.dtype.kind not in "iu" or mixed:
+        raise ValueError(
+            f"terminal must be the numbers of the terminal states, or one boolean for each of the {states} states; got "
+            f"{terminal}"
+        )
+    outside = given[(given < 0) | (given >= states)]
+    if len(outside):
+        raise ValueError(f"terminal must name states from 0 to {states - 1}; got {outside.tolist()}")
+    ended[torch.from_numpy(given.astype(np.int64))] = True
+    return ended

@@ -117,15 +117,7 @@ def token_objective(
 ) -> Tensor:
     """J by the sum over all completions, differentiable in the parameters of either policy.
 
-    Args:
-        problem: what to complete.
-        policy: pi.
-        gamma: discount factor per token.
-        reference: ref; needed where `beta` is not 0.
-        beta: strength of the penalty.
-
-    Raises:
-        ValueError: if there is a `beta` and no reference.
+    The arguments are those of `solve_tokens`, and so is the error.
     """
     _require_reference(reference, beta)
     rows = enumerate_completions(problem, policy)
@@ -166,16 +158,9 @@ def token_theorem_gradient(
         sum_prefix eta(prefix) sum_a grad pi(a|prefix) q(prefix, a)
 
     Args:
-        problem: what to complete.
-        policy: pi.
+        problem, policy, gamma, reference, beta: as in `solve_tokens`, and so is the error.
         parameters: of the policy.
-        gamma: discount factor per token.
         discounted_states: eta_gamma, so that this is grad J; else eta_1, the gradient with gamma^t dropped.
-        reference: ref; needed where `beta` is not 0.
-        beta: strength of the penalty.
-
-    Raises:
-        ValueError: if there is a `beta` and no reference.
     """
     solution = solve_tokens(problem, policy, gamma=gamma, reference=reference, beta=beta)
     surrogate = torch.zeros((), dtype=torch.float64)

@@ -29,7 +29,9 @@ def short_corridor_actor_critic() -> Run:
 
     The critic, too, sees all states as one. Its TD residual r + V' - V is then -1 wherever the episode goes on and
     -1 - V at its end, whatever the actions did to the state: a one-step actor-critic follows another gradient. With
-    lambda = 1 on whole episodes nothing is bootstrapped, the critic is a mere baseline, and the mean is right for any.
+    lambda = 1 on whole episodes nothing is bootstrapped and the critic is a mere baseline: whichever it is, the sum
+    over steps has the right mean. A2C's mean over steps divides it by however many steps the N episodes took, and such
+    a ratio is off by a term of order 1/N; N is 2048 here.
     """
     return _short_corridor("short-corridor-actor-critic", A2C(gamma=1.0, gae_lambda=1.0))
 
