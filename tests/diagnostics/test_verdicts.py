@@ -118,3 +118,13 @@ def test_a_watch_says_after_each_record_what_the_history_says() -> None:
     for count, record in enumerate(records, start=1):
         watch.add(record)
         assert watch.verdicts() == verdicts(records[:count])
+
+
+def test_records_with_some_figures_alone() -> None:
+    watch = Watch()
+    for _ in range(20):
+        watch.add({"kind": "train", "reward_deviation": 0.0})
+        watch.add({"kind": "train", "termination_share": 0.0, "kl": "much"})
+        watch.add({"kind": "train"})
+        watch.add({})
+    assert watch.verdicts() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,37 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "holds no run" in capsys.readouterr().err
     assert main(["diagnose", str(run_directory(tmp_path / "new", []))]) == 2
     assert "has no training record in metrics.jsonl yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ({"step": 700}, 'line 2, does not say its "kind"'),
+        ({"kind": 3, "step": 700}, 'line 2, does not say its "kind"'),
+        ({"kind": "train"}, "line 2: 'step' is None, not a whole number"),
+        ({"kind": "train", "step": "700"}, "line 2: 'step' is '700', not a whole number"),
+        ({"kind": "train", "step": None}, "line 2: 'step' is nan, not a whole number"),
+        ({"kind": "train", "step": 700, "kl": "0.1"}, "line 2: 'kl' is '0.1', not a number"),
+        ({"kind": "train", "step": 700, "variance/psi": [1.0]}, "line 2: 'variance/psi' is [1.0], not a number"),
+        ({"kind": "train", "step": 700, "entropy": True}, "line 2: 'entropy' is True, not a number"),
+    ],
+)
+def test_a_line_that_is_none_of_ours_is_named(
+    damaged: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_directory(tmp_path / "run", [record(0.9)] * 3)
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(damaged)
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["diagnose", str(path)]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "metrics.jsonl" in shown
+    assert message in shown
+
+
+def test_a_record_need_not_have_every_figure(tmp_path: Path) -> None:
+    partial = [{"variance/gae": 1.0}, {"reward_deviation": 0.0}, {"termination_share": 0.0}, {"kl": None}, {}]
+    diagnosis = diagnose(run_directory(tmp_path / "run", partial * 6))
+    assert diagnosis.records == 30
+    assert all(math.isnan(value) for value in diagnosis.figures["variance/gae / psi"])
+    assert not diagnosis.verdicts

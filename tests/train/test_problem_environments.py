@@ -164,6 +164,10 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["resume", str(tmp_path / "run"), "--steps", "1200"]) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "5"]) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "5", "--environment", "problem/six-state"]) == 0
+    for picture in ("--render", "--video"):
+        assert main(["evaluate", str(tmp_path / "run"), "--episodes", "2", picture]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "problem/six-state is made of tables, and there is no picture of a table" in error
     assert main(["check-env", "problem/two-state"]) == 0
     assert "problem/two-state: no problem found" in capsys.readouterr().out
     for arguments in (

@@ -50,7 +50,10 @@ class Watch:
         """Whether the policy had stopped exploring before half of the run."""
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take in the next record of metrics.jsonl; other kinds than "train" are passed over."""
+        """Take in the next record of metrics.jsonl; kinds other than "train" and figures that are text are passed over.
+
+        A record need not have every figure.
+        """
         if record.get("kind") != "train":
             return
         for name, values in self._recent.items():
@@ -63,7 +66,7 @@ class Watch:
         shares = self.values("entropy_share")[-_ENOUGH:]
         if len(shares) == _ENOUGH and max(shares) < _DECIDED and self.latest("progress") < 0.5:
             self.decided_early = True
-        if "reward_deviation" in record:
+        if "reward_deviation" in record and "termination_share" in record:
             self._looks += 1
             if record["reward_deviation"] != 0.0 or record["termination_share"] != 0.0:
                 self._anything_to_learn = True

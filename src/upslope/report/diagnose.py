@@ -53,7 +53,7 @@ FIGURES = (
     ),
     Figure(name="entropy_share", form=".1%", meaning="entropy of the policy, as a share of blind choice"),
     Figure(name="entropy", form=".3f", meaning="how undecided the policy is"),
-    Figure(name="kl", form=".2g", meaning="how far an update moves the policy (k3 estimate of KL)"),
+    Figure(name="kl", form=".2g", meaning="how far an update moves the policy (k3 estimate of KL(old || new))"),
     Figure(
         name="first_ratio_error",
         form=".1g",
@@ -87,6 +87,7 @@ FIGURES = (
     Figure(name="reward_deviation", form=".3g", meaning="spread of the rewards within a batch"),
     Figure(name="termination_share", form=".2%", meaning="steps that ended in a terminal state"),
 )
+_FIGURE_NAMES = tuple(dict.fromkeys(("progress", *(figure.name for figure in FIGURES))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,12 +127,10 @@ def diagnose(directory: Path) -> Diagnosis:
 
     Raises:
         RunDirectoryError: there is no run there.
-        UsageError: it has no training record yet.
+        UsageError: it has no training record yet, or a record that is none of ours; the message names the line.
     """
     run = RunDirectory.view(directory)
-    records = []
-    if run.metrics_path.is_file():
-        records = [record for record in read_metrics(run.metrics_path) if record["kind"] == "train"]
+    records = _training_records(run.metrics_path) if run.metrics_path.is_file() else []
     if not records:
         raise UsageError(
             f"{directory} has no training record in {run.metrics_path.name} yet: wait until the run has taken "
@@ -179,6 +178,24 @@ def diagnosis_page(diagnosis: Diagnosis) -> RenderableType:
     return Group(*lines)
 
 
+def _training_records(path: Path) -> list[Mapping[str, Any]]:
+    records: list[Mapping[str, Any]] = []
+    for line, record in enumerate(read_metrics(path), start=1):
+        if not isinstance(record.get("kind"), str):
+            raise UsageError(f'{path}, line {line}, does not say its "kind": the file is damaged; delete that line')
+        if record["kind"] != "train":
+            continue
+        for name in ("step", *_FIGURE_NAMES):
+            value = record.get(name, math.nan if name != "step" else None)
+            if isinstance(value, bool) or not isinstance(value, int if name == "step" else int | float):
+                raise UsageError(
+                    f"{path}, line {line}: {name!r} is {value!r}, not a {'whole ' if name == 'step' else ''}number: "
+                    "the file is damaged; correct or delete that line"
+                )
+        records.append(record)
+    return records
+
+
 def _thirds(records: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
     count = len(records)
     return [records[count * part // 3 : count * (part + 1) // 3] for part in range(3)]
@@ -192,7 +209,7 @@ def _median(figure: Figure, records: Sequence[Mapping[str, Any]]) -> float:
             continue
         value = float(record[figure.name])
         if figure.relative_to is not None:
-            base = float(record[figure.relative_to])
+            base = float(record.get(figure.relative_to, math.nan))
             value = value / base if base else math.nan
         if not math.isnan(value):
             values.append(value)

@@ -26,7 +26,11 @@ def watch(policy: Policy, environment: EnvironmentConfig, *, seed: int = 0) -> f
 
     Returns:
         The episode's return.
+
+    Raises:
+        UsageError: the environment gives no pictures.
     """
+    _require_pictures(environment)
     alone = replace(environment, truncation="bootstrap", count=1)
     shown = SyncEnvironments([environment_factory(alone, render_mode="human")])
     try:
@@ -51,6 +55,7 @@ def record_video(policy: Policy, environment: EnvironmentConfig, path: Path, *, 
         ModuleNotFoundError: moviepy is not installed.
         UsageError: the environment gives no pictures.
     """
+    _require_pictures(environment)
     if importlib.util.find_spec("moviepy") is None:
         raise ModuleNotFoundError("videos need moviepy: pip install 'upslope[video]'")
     played = environment_factory(replace(environment, count=1), render_mode="rgb_array")()
@@ -65,6 +70,15 @@ def record_video(policy: Policy, environment: EnvironmentConfig, path: Path, *, 
     clip.write_videofile(str(path), logger=None, audio=False)
     clip.close()
     return total
+
+
+def _require_pictures(environment: EnvironmentConfig) -> None:
+    """A named problem is a table, which Gymnasium does not know."""
+    if environment.id.startswith("problem/"):
+        raise UsageError(
+            f"{environment.id} is made of tables, and there is no picture of a table: leave out --render and --video, "
+            "or take an environment of Gymnasium that can be drawn"
+        )
 
 
 @dataclass(kw_only=True)
