@@ -308,10 +308,20 @@ def test_too_many_batches_are_drawn_and_that_is_said(monkeypatch: pytest.MonkeyP
     assert found.report.batches == math.ceil(2_000 / 32)
     assert audit_loss(score, "tokens", size=5).report.batches == 2_000 // 20
     longer = audit_loss(score, token_problem("tokens-longer"))
+    assert longer.following.kind == "unbiased"
     assert longer.report.batches == 2_000 // 8
     assert not longer.report.moments.exact
     assert "There are more" not in str(audit_loss(score, "two-state", samples=6_400))
     assert audit_loss(score, "tokens-longer", size=1).report.moments.exact
+
+
+def without_first(log_prob, reward, mask, time):
+    return -(log_prob * (mask & (time > 0)) * reward.sum(-1, keepdim=True)).sum(-1).mean()
+
+
+def test_what_is_never_drawn_hides_no_missing_part() -> None:
+    found = audit_loss(without_first, "tokens-longer", samples=4_000).following
+    assert found.kind == "none"
 
 
 @pytest.mark.parametrize(("where", "samples", "needed"), [("six-state", 500, 640), ("tokens", 0, 160)])

@@ -350,8 +350,13 @@ def _same_line(one: Candidate, other: Candidate) -> bool:
 
 
 def _nothing_left(moments: Moments, rest: Tensor, *, scale: float) -> bool:
-    """Whether the rest is rounding, or what the drawn batches cannot tell from 0."""
+    """Whether the rest is rounding, or what the drawn batches cannot tell from 0.
+
+    In directions that were never drawn, as those of prefixes that hardly ever occur, it may be as long as the standard
+    error of the mean.
+    """
     rounding = ROUNDING * scale
     if moments.exact:
         return float(rest.norm()) <= rounding
-    return moments.p_value(rest) > _CONSISTENT and moments.undrawn(rest) <= rounding
+    error = math.sqrt(moments.variance_of_mean)
+    return moments.p_value(rest) > _CONSISTENT and moments.undrawn(rest) <= max(rounding, error)
