@@ -328,14 +328,14 @@ SECTIONS = (
         (k1_in_loss, k2_in_loss, k3_in_loss, k3_of_completions_in_loss, k1_in_reward),
     ),
     Section("Control", episodes, "grad J", (reinforce, dropped_gamma, total_return)),
-    Section("Control, in batches of 64 episodes", episodes, "grad J", (ppo_control,), samples=12_800),
+    Section("Control, in batches of 64 episodes", episodes, "grad J", (ppo_control,), samples=64_000),
     Section(
         "With a time limit",
         limited_episodes,
         LIMITED,
         (bootstrapped, truncation_as_termination, residual_to_zero),
     ),
-    Section("With a time limit, in batches of 64 episodes", limited_episodes, LIMITED, (ppo_control,), samples=12_800),
+    Section("With a time limit, in batches of 64 episodes", limited_episodes, LIMITED, (ppo_control,), samples=64_000),
 )
 
 

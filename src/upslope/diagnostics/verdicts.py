@@ -203,8 +203,8 @@ RULES: tuple[Rule, ...] = (
         level="warning",
         figure="explained_variance",
         wrong=lambda value: value < 0.05,
-        text="the critic explains nothing: explained variance {value:.2f}; raise the learning rate or "
-        "value_coefficient, normalise rewards, or train without a critic",
+        text="the critic explains nothing: explained variance {value:.2f}; give it more or larger steps "
+        "(learning rate, epochs, updates), normalise rewards, or train without a critic",
         only_if=lambda watch: watch.returns_vary and watch.latest("progress") > 0.2,
         enough=8,
     ),
