@@ -50,6 +50,7 @@ class Trajectory:
     | | `final_index` | [K] int64 | where: `b * T + t`, ascending |
     | | `group` | [B] int64 or None | rows that share a start |
     | | `policy_version` | int | the update that produced the acting policy |
+    | f_t | `reference_log_prob` | [B, T] or None | log-prob under the frozen reference; added by the learner |
     """
 
     observation: Observation
@@ -64,6 +65,7 @@ class Trajectory:
     final_index: Tensor
     group: Tensor | None = None
     policy_version: int = 0
+    reference_log_prob: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,11 +136,14 @@ class Batch:
     """The steps of one optimiser step, all detached: whole rows [B, T] or `M` chosen steps [M]; a loss sees the latter.
 
     Attributes:
-        observation, action, mask, behaviour_log_prob: as in `Trajectory`.
+        observation, action, mask, behaviour_log_prob, reference_log_prob: as in `Trajectory`.
         advantage: Psi_t.
         value_target: the critic's target, or None.
         behaviour_value: V_t when the data was collected, or None.
         behaviour_distribution: the distributions that acted, or None unless the algorithm asked for them.
+        reference_distribution: those of the frozen reference, or None unless the algorithm asked for them.
+        proximal_log_prob: p_t, of the learner before the update's first step, or None unless the algorithm asked for
+            it and there are several steps (in the only one it is the log-prob itself).
         weight: w_t of the reduction, fixed for the whole optimiser step.
         share: the part of the optimiser step's chosen steps that is in this batch: less than 1 in a micro-batch.
     """
@@ -152,6 +157,9 @@ class Batch:
     behaviour_value: Tensor | None
     behaviour_distribution: Distribution | None
     weight: Tensor
+    reference_log_prob: Tensor | None = None
+    reference_distribution: Distribution | None = None
+    proximal_log_prob: Tensor | None = None
     share: float = 1.0
 
 
@@ -177,7 +185,7 @@ class Distribution(Protocol):
 
 
 class Steps(Protocol):
-    """Anything that carries observations and the actions taken: a `Trajectory` or a `Batch`."""
+    """Anything that carries observations, the actions taken and which of them count: a `Trajectory` or a `Batch`."""
 
     @property
     def observation(self) -> Observation:
@@ -187,6 +195,11 @@ class Steps(Protocol):
     @property
     def action(self) -> Tensor:
         """What it chose."""
+        ...
+
+    @property
+    def mask(self) -> Tensor:
+        """Where it chose."""
         ...
 
 
@@ -227,7 +240,11 @@ class Policy(Protocol):
         ...
 
     def evaluate(self, steps: Steps) -> Evaluation:
-        """log-prob, entropy, distribution and value at once, differentiable."""
+        """log-prob, entropy, distribution and value at once, differentiable.
+
+        A sequential policy may leave 0 where `steps.mask` is False, and need not look at what follows the last chosen
+        position of a row.
+        """
         ...
 
     def values(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:

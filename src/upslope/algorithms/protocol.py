@@ -63,6 +63,9 @@ class Passes:
             measured after the update.
         recompute_advantage: compute Psi anew, with the current critic, before each pass after the first.
         target_kl: stop the update when the estimated KL(old || new) passes it; None never stops.
+        reference: what of the frozen reference policy the algorithm needs: nothing, f_t, or its distributions.
+        proximal: whether the loss needs p_t of the learner itself, as the sampler's log-probs may differ from it.
+        together: consecutive rows that no minibatch and no micro-batch may part (2 for pairs).
         kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
             looks at the last minibatch of each pass and stops beyond target_kl.
     """
@@ -75,6 +78,9 @@ class Passes:
     recompute_advantage: bool = False
     target_kl: float | None = None
     kl_stop: Literal["before_step", "after_epoch"] = "before_step"
+    reference: Literal["none", "log_prob", "distribution"] = "none"
+    proximal: bool = False
+    together: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,6 +52,7 @@ def learn(
     learning_rate: float,
     generator: np.random.Generator,
     meter: Meter | None = None,
+    reference: Policy | None = None,
 ) -> Learned:
     """Update the policy from one trajectory.
 
@@ -64,15 +65,20 @@ def learn(
         learning_rate: for every step of this update.
         generator: shuffles the steps of each pass.
         meter: watches the update, if given, and adds what it finds to the metrics; changes nothing.
+        reference: the frozen policy that the algorithm stays close to, where it asks for one.
 
     Returns:
         The carried numbers after the update and its metrics.
+
+    Raises:
+        UsageError: if the algorithm needs a reference and there is none, or the batch is too small to be cut.
     """
     passes = algorithm.passes
+    trajectory = _referenced(passes, trajectory, reference)
     value, next_value, signal = _signal(policy, algorithm, trajectory)
     if meter is not None:
         meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, passes=passes)
-    batch = _batch(policy, passes, trajectory, value, signal)
+    batch = _batch(policy, passes, trajectory, value, signal, reference)
     totals = _Totals()
     for epoch in range(passes.epochs):
         if epoch and passes.recompute_advantage:
@@ -103,6 +109,21 @@ def learn(
     return Learned(state=state, metrics=metrics)
 
 
+def _referenced(passes: Passes, trajectory: Trajectory, reference: Policy | None) -> Trajectory:
+    """The trajectory with f_t, where that is needed."""
+    if passes.reference == "none":
+        return trajectory
+    if reference is None:
+        raise UsageError(
+            "the algorithm measures how far the policy is from a frozen reference, and there is none: give one, or set "
+            "its KL coefficient to 0"
+        )
+    if passes.reference == "distribution":
+        return trajectory
+    with torch.no_grad():
+        return replace(trajectory, reference_log_prob=reference.evaluate(trajectory).log_prob.detach())
+
+
 def _signal(
     policy: Policy, algorithm: Algorithm, trajectory: Trajectory
 ) -> tuple[Tensor | None, Tensor | None, Signal]:
@@ -113,7 +134,14 @@ def _signal(
         return value, next_value, algorithm.advantage(trajectory, value, next_value)
 
 
-def _batch(policy: Policy, passes: Passes, trajectory: Trajectory, value: Tensor | None, signal: Signal) -> Batch:
+def _batch(
+    policy: Policy,
+    passes: Passes,
+    trajectory: Trajectory,
+    value: Tensor | None,
+    signal: Signal,
+    reference: Policy | None,
+) -> Batch:
     """The chosen steps of the trajectory, flattened; whole rows where Psi needs whole episodes or the policy rows."""
     batch = Batch(
         observation=trajectory.observation,
@@ -125,12 +153,19 @@ def _batch(policy: Policy, passes: Passes, trajectory: Trajectory, value: Tensor
         behaviour_value=value,
         behaviour_distribution=None,
         weight=trajectory.behaviour_log_prob,
+        reference_log_prob=trajectory.reference_log_prob,
     )
     if policy.sequential:
         hidden = ~trajectory.mask
         batch = replace(batch, behaviour_log_prob=batch.behaviour_log_prob.masked_fill(hidden, 0.0))
     elif not passes.whole_episodes:
         batch = _chosen(batch)
+    if passes.reference == "distribution" and reference is not None:
+        with torch.no_grad():
+            batch = replace(batch, reference_distribution=reference.evaluate(batch).distribution.detach())
+    if passes.proximal and passes.epochs * passes.minibatches > 1:
+        with torch.no_grad():
+            batch = replace(batch, proximal_log_prob=policy.evaluate(batch).log_prob.detach())
     if passes.behaviour_distribution:
         with torch.no_grad():
             batch = replace(batch, behaviour_distribution=policy.evaluate(batch).distribution.detach())
@@ -157,47 +192,65 @@ def _signal_like(batch: Batch, trajectory: Trajectory, signal: Signal) -> dict[s
 
 def _minibatches(batch: Batch, passes: Passes, generator: np.random.Generator) -> Iterator[Batch]:
     """Shuffle once per pass, then cut into parts whose sizes differ by one at most."""
-    count, unit = batch.mask.shape[0], "steps" if batch.mask.dim() == 1 else "rows"
+    together = passes.together
+    count, unit = batch.mask.shape[0] // together, "steps" if batch.mask.dim() == 1 else "rows"
     if passes.minibatches == 1:
         yield batch
         return
+    if together > 1:
+        unit = f"sets of {together} rows"
     if count < passes.minibatches:
         raise UsageError(
             f"{count} {unit} cannot be cut into {passes.minibatches} minibatches: collect more {unit} per update, or "
             "lower algorithm.minibatches"
         )
-    shuffled = _select(batch, torch.from_numpy(generator.permutation(count)))
+    order = torch.from_numpy(generator.permutation(count))
+    if together > 1:
+        order = (order.unsqueeze(-1) * together + torch.arange(together)).flatten()
+    shuffled = _select(batch, order)
     for part in range(passes.minibatches):
-        yield _part(shuffled, part, passes.minibatches)
+        yield _part(shuffled, part, passes.minibatches, together)
 
 
-def _part(batch: Batch, part: int, parts: int) -> Batch:
-    count = batch.mask.shape[0]
-    return _select(batch, slice(count * part // parts, count * (part + 1) // parts))
+def _part(batch: Batch, part: int, parts: int, together: int) -> Batch:
+    count = batch.mask.shape[0] // together
+    return _select(batch, slice(count * part // parts * together, count * (part + 1) // parts * together))
 
 
-def _micro_batch(batch: Batch, part: int, parts: int) -> Batch:
-    piece = _part(batch, part, parts)
+def _micro_batch(batch: Batch, part: int, parts: int, together: int) -> Batch:
+    piece = _part(batch, part, parts, together)
     return replace(piece, share=int(piece.mask.sum()) / int(batch.mask.sum()))
 
 
 def _select(batch: Batch, index: Tensor | slice) -> Batch:
-    distribution = batch.behaviour_distribution
     chosen = _map(batch, lambda tensor: tensor[index])
-    return chosen if distribution is None else replace(chosen, behaviour_distribution=distribution.select(index))
+    acting, reference = batch.behaviour_distribution, batch.reference_distribution
+    if acting is None and reference is None:
+        return chosen
+    return replace(
+        chosen,
+        behaviour_distribution=None if acting is None else acting.select(index),
+        reference_distribution=None if reference is None else reference.select(index),
+    )
 
 
 def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    def maybe(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else function(tensor)
+
     return Batch(
         observation=map_observation(function, batch.observation),
         action=function(batch.action),
         mask=function(batch.mask),
         behaviour_log_prob=function(batch.behaviour_log_prob),
         advantage=function(batch.advantage),
-        value_target=None if batch.value_target is None else function(batch.value_target),
-        behaviour_value=None if batch.behaviour_value is None else function(batch.behaviour_value),
+        value_target=maybe(batch.value_target),
+        behaviour_value=maybe(batch.behaviour_value),
         behaviour_distribution=batch.behaviour_distribution,
         weight=function(batch.weight),
+        reference_log_prob=maybe(batch.reference_log_prob),
+        reference_distribution=batch.reference_distribution,
+        proximal_log_prob=maybe(batch.proximal_log_prob),
     )
 
 
@@ -218,10 +271,13 @@ def _differentiate(
 ) -> None:
     """Leave the gradient of one optimiser step where the optimiser looks for it."""
     optimizer.zero_gradient()
-    parts = min(optimizer.micro_batches, minibatch.mask.shape[0])
+    together = algorithm.passes.together
+    parts = min(optimizer.micro_batches, minibatch.mask.shape[0] // together)
     metrics: dict[str, Tensor] = {}
     for part in range(parts):
-        piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts)
+        piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts, together)
+        if policy.sequential and not bool(piece.mask.any()):
+            continue
         evaluation = policy.evaluate(piece)
         if meter is not None:
             meter.evaluated(piece, evaluation)
