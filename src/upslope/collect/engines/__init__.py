@@ -1,0 +1,1 @@
+"""Whoever completes sequences for the learner: the embedded engine, and the protocol others follow."""

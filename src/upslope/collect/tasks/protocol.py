@@ -1,0 +1,79 @@
+"""What a task is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
+
+from upslope.collect.rewards.protocol import Reward
+
+
+class Message(TypedDict, total=False):
+    """One turn of a conversation, as chat templates read it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One line of data.
+
+    Attributes:
+        prompt: plain text, or messages for a chat template.
+        completion: an answer to learn from (demonstrations, the chosen one of a pair); None where there is none.
+        rejected: the worse answer of a pair; None where there is none.
+        columns: whatever else the line holds; reward functions get it by name.
+    """
+
+    prompt: str | tuple[Message, ...]
+    completion: str | None = None
+    rejected: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+class Examples(Protocol):
+    """Examples by index: item i is the same whenever it is asked for."""
+
+    def __len__(self) -> int:
+        """How many there are; a very large number where they are made on demand."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at an index from 0 on."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """Prompts to train on, prompts to judge by, and what their answers are worth.
+
+    Attributes:
+        name: as shown.
+        training: examples to learn from.
+        held_out: examples never trained on.
+        rewards: what a completion is worth: the weighted sum of these.
+        correct: the name of the reward that is 1 for a right answer: accuracy is its mean.
+        alphabet: every character that texts may hold, for a character tokenizer; None where a tokenizer is given.
+        stop: strings that end a completion.
+    """
+
+    name: str
+    training: Examples
+    held_out: Examples
+    rewards: tuple[Reward, ...]
+    correct: str
+    alphabet: str | None = None
+    stop: tuple[str, ...] = ()
+
+
+class TaskConfig(Protocol):
+    """A frozen dataclass of settings that builds a task."""
+
+    def build(self, seed: int) -> Task:
+        """The task; `seed` decides what is generated."""
+        ...
+
+
+Texts = Sequence[str]
