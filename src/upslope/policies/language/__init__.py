@@ -1,4 +1,4 @@
-"""Causal language models as policies: the only files that import transformers, tokenizers and peft, and only when asked.
+"""Causal language models as policies: the only files that import transformers, tokenizers and peft.
 
-Needs `pip install 'upslope[language]'`.
+They do so only when they are used, which needs `pip install 'upslope[language]'`.
 """

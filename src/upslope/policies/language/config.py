@@ -45,7 +45,7 @@ class LanguageModelConfig:
     """A causal language model: loaded from a folder or by its hub name, or built here."""
 
     source: str | None = None
-    """A Hugging Face folder, a run directory, or a hub name; None builds `shape`, with a tokenizer made for the task."""
+    """A Hugging Face folder, a run directory, or a hub name; None builds `shape` and a tokenizer for the task."""
     shape: ModelShape = field(default_factory=ModelShape)
     """What is built where there is no source."""
     lora: LoraConfig | None = None
