@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     EVALUATION_ENVIRONMENT = 4
     EVALUATION_ACTION = 5
     USER = 6
+    TASK = 8
 
 
 def derived_seed(seed: int, purpose: Purpose, *indices: int) -> int:

@@ -40,7 +40,7 @@ class Examples(Protocol):
         """How many there are; a very large number where they are made on demand."""
         ...
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int, /) -> Example:
         """The example at an index from 0 on."""
         ...
 
