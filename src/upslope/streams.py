@@ -23,7 +23,10 @@ class Purpose(IntEnum):
     EVALUATION_ENVIRONMENT = 4
     EVALUATION_ACTION = 5
     USER = 6
-    TASK = 8
+    GENERATION = 7
+    EVALUATION_GENERATION = 8
+    PROMPTS = 9
+    TASK = 10
 
 
 def derived_seed(seed: int, purpose: Purpose, *indices: int) -> int:
