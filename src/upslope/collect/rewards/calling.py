@@ -1,0 +1,191 @@
+"""One call of a reward function, and what became of it. Standard library only: worker processes import this."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import random
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
+from typing import Any, SupportsFloat
+
+from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Outcome
+
+LONGEST_REASON = 500
+_NOT_SCORES = (str, bytes, Mapping)
+
+
+class CallError(Exception):
+    """A call that gave no scores at all.
+
+    Attributes:
+        divisible: whether the same call with fewer completions may succeed.
+    """
+
+    def __init__(self, reason: str, *, divisible: bool = True) -> None:
+        super().__init__(shorten(reason))
+        self.divisible = divisible
+
+
+class IndivisibleError(Exception):
+    """Raised by a reward function that cannot score anything now: fewer completions would not help."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """The arguments that a reward function takes by name.
+
+    Attributes:
+        names: those it names; None if it takes all, as `**columns`.
+        required: those without a default.
+    """
+
+    names: frozenset[str] | None
+    required: frozenset[str]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Accepted:
+        """What a function takes.
+
+        Raises:
+            ValueError: if it has an argument that cannot be given by name.
+        """
+        names, required, everything = set[str](), set[str](), False
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                everything = True
+            elif parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+                raise ValueError(
+                    f"its argument {parameter.name!r} cannot be given by name; a reward function is called as "
+                    "f(prompts=..., completions=..., column=...)"
+                )
+            elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                names.add(parameter.name)
+                if parameter.default is parameter.empty:
+                    required.add(parameter.name)
+        return cls(names=None if everything else frozenset(names), required=frozenset(required))
+
+    def choose(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        """Those of the columns that it takes."""
+        return {name: values for name, values in columns.items() if self.names is None or name in self.names}
+
+    def missing(self, columns: Iterable[str]) -> list[str]:
+        """What it cannot do without and does not get."""
+        return sorted(self.required - {"prompts", "completions", *columns})
+
+
+def call(
+    function: Callable[..., Any],
+    accepted: Accepted,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    runner: asyncio.Runner | None = None,
+) -> list[Outcome]:
+    """Call a reward function once and judge what it returns.
+
+    Args:
+        function: called as `function(prompts=..., completions=..., **columns)` with the arguments it accepts.
+        accepted: the arguments that it accepts.
+        prompts: `[n]`.
+        completions: `[n]`.
+        columns: by name `[n]` values.
+        runner: the event loop for a function that returns an awaitable; one of its own if None.
+
+    Returns:
+        One outcome per completion.
+
+    Raises:
+        CallError: if the function raised, or returned anything but `n` scores.
+    """
+    arguments = accepted.choose({**columns, "prompts": list(prompts), "completions": list(completions)})
+    try:
+        returned = function(**arguments)
+        if inspect.isawaitable(returned):
+            returned = _finish(returned, runner)
+        return judge(returned, len(completions))
+    except CallError:
+        raise
+    except IndivisibleError as error:
+        raise CallError(str(error), divisible=False) from error
+    except KeyboardInterrupt:
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a user's function raises is an outcome)
+        raise CallError(f"it raised {describe(error)}") from error
+
+
+def _finish(awaitable: Any, runner: asyncio.Runner | None) -> Any:
+    async def wait() -> Any:
+        return await awaitable
+
+    if runner is not None:
+        return runner.run(wait())
+    with asyncio.Runner() as own:
+        return own.run(wait())
+
+
+def judge(returned: Any, count: int) -> list[Outcome]:
+    """What was returned as one outcome per completion.
+
+    Raises:
+        CallError: if it is not a sequence, or has another length.
+    """
+    if isinstance(returned, _NOT_SCORES) or not isinstance(returned, Iterable):
+        raise CallError(f"it returned {_kind(returned)} instead of a list of {count} scores")
+    scores = list(islice(returned, count + 1))
+    if len(scores) != count:
+        found = "more" if len(scores) > count else str(len(scores))
+        raise CallError(f"it returned {found} scores for {count} completions")
+    return [judge_score(score) for score in scores]
+
+
+def judge_score(score: Any) -> Outcome:
+    """One score as an outcome: None is "not applicable"; what is no finite number has failed."""
+    if score is None:
+        return NOT_APPLICABLE
+    if not isinstance(score, SupportsFloat):
+        return Failed(f"it returned {_kind(score)} instead of a number or None")
+    try:
+        value = float(score)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        return Failed(shorten(f"it returned {_kind(score)} that is no number: {error}"))
+    return value if math.isfinite(value) else Failed(f"it returned {value}")
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def describe(error: BaseException) -> str:
+    """The error in one line, with the last place in the user's own code."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 (an error that cannot say what it is)
+        text = ""
+    return shorten(f"{type(error).__name__}{': ' if text else ''}{shorten(text, 300)}{_place(error.__traceback__)}")
+
+
+def _place(trace: TracebackType | None) -> str:
+    frames = [frame for frame in traceback.extract_tb(trace) if frame.filename != __file__]
+    own = [frame for frame in frames if "site-packages" not in frame.filename and "/lib/python" not in frame.filename]
+    if not frames:
+        return ""
+    frame = (own or frames)[-1]
+    return f" ({frame.filename}:{frame.lineno}, in {frame.name}: {shorten(frame.line or '', 100)})"
+
+
+def shorten(text: str, limit: int = LONGEST_REASON) -> str:
+    """At most so many characters, in one line."""
+    text = " ".join(text[: 4 * limit].split())
+    return text if len(text) <= limit else text[: limit - 4] + " ..."
+
+
+def seed_from(completions: Sequence[str]) -> None:
+    """Random numbers of a function then depend on what it scores, and not on which worker does."""
+    random.seed("\0".join(completions))

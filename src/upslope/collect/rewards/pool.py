@@ -1,0 +1,180 @@
+"""A pool of worker processes that score completions; what fails there is an outcome, never a number."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from upslope.collect.rewards.calling import Accepted, call
+from upslope.collect.rewards.protocol import Columns, Failed, NotApplicable, Outcome, Reward, Scores
+from upslope.collect.rewards.splitting import score_in_parts
+from upslope.errors import UsageError
+
+LOAD_DEADLINE = 120.0
+"""Seconds that a worker may take to start and to import a reward function, apart from its calls."""
+
+RESERVED = ("prompts", "completions")
+
+
+class RewardPool:
+    """Scores completions with several reward functions, each call in a worker process with a hard deadline.
+
+    A function is called by name, as TRL calls it: `function(prompts=[...], completions=[...], column=[...])` with
+    lists of one length; the columns are those of the data, and a function without `**columns` gets only those that it
+    names. Prompts and completions are plain text, as TRL gives them for prompts that are not conversational: a
+    function that wants lists of messages must read the text instead. It returns one number or None ("not applicable")
+    per completion, or is an `async def` that does. It should judge each completion by itself: calls are split among
+    the workers, and a call that fails is tried again in halves (see `upslope.collect.rewards.splitting`), so that
+    only the completion it fails on is without a score.
+
+    Args:
+        rewards: the parts; at least one, with names of their own.
+        workers: how many processes at most; they start with the first call and are used again.
+        deadline: seconds that one call may take; a worker that takes longer is killed.
+        load_deadline: seconds that starting a worker and importing a function may take.
+
+    Raises:
+        UsageError: if a reward cannot be used as given.
+    """
+
+    def __init__(
+        self, rewards: Sequence[Reward], *, workers: int, deadline: float, load_deadline: float = LOAD_DEADLINE
+    ) -> None:
+        if workers < 1:
+            raise UsageError(f"workers must be at least 1, got {workers}")
+        for name, seconds in (("deadline", deadline), ("load_deadline", load_deadline)):
+            if not 0 < seconds < math.inf:
+                raise UsageError(f"{name} must be a positive number of seconds, got {seconds}")
+        self.rewards = tuple(rewards)
+        check_rewards(self.rewards)
+        self._inline = {reward.name: _inline(reward) for reward in self.rewards if reward.inline}
+        if len(self._inline) < len(self.rewards):
+            raise UsageError("only inline reward functions so far")
+        self.deadline = deadline
+        self._lock = threading.Lock()
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Columns) -> Scores:
+        """What these completions are worth.
+
+        Args:
+            prompts: `[n]` texts.
+            completions: `[n]` texts.
+            columns: `[n]` mappings, what else the data says about each; a missing value is None.
+
+        Returns:
+            Per completion `total = sum_k weight_k score_k` over the parts that apply, None if one failed or none
+            applies; and all parts.
+
+        Raises:
+            ValueError: if the lengths differ.
+            UsageError: if a function needs a column that the data does not have, or cannot be loaded at all.
+        """
+        if not len(prompts) == len(completions) == len(columns):
+            raise ValueError(
+                "prompts, completions and columns must have one length, got "
+                f"{len(prompts)}, {len(completions)} and {len(columns)}"
+            )
+        by_name = transpose(columns)
+        with self._lock:
+            parts = {name: self._score_inline(name, prompts, completions, by_name) for name in self._inline}
+        ordered = {reward.name: tuple(parts[reward.name]) for reward in self.rewards}
+        return Scores(total=totals(self.rewards, ordered, len(completions)), parts=ordered)
+
+    def _score_inline(
+        self, name: str, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> list[Outcome]:
+        function, accepted = self._inline[name]
+        check_columns(name, accepted, columns)
+
+        def attempt(rows: range) -> list[Outcome]:
+            part = {column: [values[row] for row in rows] for column, values in columns.items()}
+            chosen = [prompts[row] for row in rows], [completions[row] for row in rows]
+            return call(function, accepted, *chosen, part)
+
+        return score_in_parts(attempt, len(completions), budget=self.deadline)
+
+    def close(self) -> None:
+        """End all workers."""
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_rewards(rewards: Sequence[Reward]) -> None:
+    """Refuse what cannot be summed.
+
+    Raises:
+        UsageError: if there is none, two have one name, or a weight is not finite.
+    """
+    names = [reward.name for reward in rewards]
+    if not names:
+        raise UsageError("give at least one reward")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"rewards must have names of their own, got {', '.join(twice)} more than once")
+    for reward in rewards:
+        if not math.isfinite(reward.weight):
+            raise UsageError(f"the weight of reward {reward.name!r} must be a finite number, got {reward.weight}")
+        if not isinstance(reward.function, str) and not callable(reward.function):
+            raise UsageError(
+                f"reward {reward.name!r} is {type(reward.function).__name__}; give a function, "
+                "path/to/file.py:function or an http:// address"
+            )
+
+
+def _inline(reward: Reward) -> tuple[Callable[..., Any], Accepted]:
+    function = reward.function
+    if isinstance(function, str) or inspect.iscoroutinefunction(function):
+        raise UsageError(f"reward {reward.name!r} is inline: give a plain function, or leave inline out")
+    try:
+        return function, Accepted.of(function)
+    except ValueError as error:
+        raise UsageError(f"reward {reward.name!r}: {error}") from error
+
+
+def transpose(columns: Columns) -> dict[str, list[Any]]:
+    """The columns by name, None where a line has no value.
+
+    Raises:
+        UsageError: if a column has the name of an argument that every reward function may have.
+    """
+    names = dict.fromkeys(name for line in columns for name in line)
+    for name in RESERVED:
+        if name in names:
+            raise UsageError(f"the data has a column {name!r}, as reward functions' own argument is called; rename it")
+    return {name: [line[name] if name in line else None for line in columns] for name in names}
+
+
+def check_columns(name: str, accepted: Accepted, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse a function that needs what the data does not have.
+
+    Raises:
+        UsageError: with the columns that there are.
+    """
+    missing = accepted.missing(columns)
+    if missing:
+        raise UsageError(
+            f"reward {name!r} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; the data has "
+            f"{', '.join(columns) or 'none'}. Give such an argument a default, or add the column"
+        )
+
+
+def totals(rewards: Sequence[Reward], parts: Mapping[str, Sequence[Outcome]], count: int) -> tuple[float | None, ...]:
+    """Per completion the weighted sum of the scores that apply; None where a part failed or none applies."""
+    return tuple(_total([(reward.weight, parts[reward.name][row]) for reward in rewards]) for row in range(count))
+
+
+def _total(weighted: Sequence[tuple[float, Outcome]]) -> float | None:
+    scores = [weight * outcome for weight, outcome in weighted if not isinstance(outcome, Failed | NotApplicable)]
+    if not scores or any(isinstance(outcome, Failed) for _, outcome in weighted):
+        return None
+    return math.fsum(scores)

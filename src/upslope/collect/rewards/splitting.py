@@ -1,0 +1,54 @@
+"""A batch that fails as a whole: smaller and smaller parts of it, until only the culprit fails."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from upslope.collect.rewards.calling import CallError
+from upslope.collect.rewards.protocol import Failed, Outcome
+
+
+def halves(rows: range) -> tuple[range, range]:
+    """The first and the second half."""
+    middle = rows.start + len(rows) // 2
+    return range(rows.start, middle), range(middle, rows.stop)
+
+
+def given_up(reason: str, rows: range, budget: float) -> Failed:
+    """For completions of a failed part that was not divided any more."""
+    return Failed(
+        f"{reason} (with {len(rows)} completions at once; {budget:g} s for trying again in smaller parts were used up)"
+    )
+
+
+def score_in_parts(attempt: Callable[[range], list[Outcome]], count: int, *, budget: float) -> list[Outcome]:
+    """Score rows in one call; what fails is tried again in halves, the larger parts first.
+
+    Args:
+        attempt: scores these rows or raises `CallError`.
+        count: how many rows there are.
+        budget: seconds for trying again; parts that failed by then fail with all their rows.
+
+    Returns:
+        One outcome per row.
+    """
+    outcomes: dict[int, Outcome] = {}
+    parts = deque([range(count)] if count else [])
+    limit = None
+    while parts:
+        rows = parts.popleft()
+        try:
+            outcomes.update(zip(rows, attempt(rows), strict=True))
+            continue
+        except CallError as error:
+            reason, divisible = str(error), error.divisible
+        limit = time.monotonic() + budget if limit is None else limit
+        if len(rows) == 1 or not divisible:
+            outcomes.update((row, Failed(reason)) for row in rows)
+        elif time.monotonic() < limit:
+            parts.extend(halves(rows))
+        else:
+            outcomes.update((row, given_up(reason, rows, budget)) for row in rows)
+    return [outcomes[row] for row in range(count)]
