@@ -115,7 +115,7 @@ def call(
         raise CallError(str(error), divisible=False) from error
     except KeyboardInterrupt:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a user's function raises is an outcome)
+    except BaseException as error:
         raise CallError(f"it raised {describe(error)}") from error
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
+import multiprocessing.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from upslope.collect.rewards.calling import Accepted, call
+from upslope.collect.rewards.dispatch import Batch, Dispatcher, check_columns
+from upslope.collect.rewards.http import check_address
+from upslope.collect.rewards.processes import PATIENCE, end_workers, main_module_of, refuse_in_worker
 from upslope.collect.rewards.protocol import Columns, Failed, NotApplicable, Outcome, Reward, Scores
 from upslope.collect.rewards.splitting import score_in_parts
 from upslope.errors import UsageError
@@ -44,6 +50,7 @@ class RewardPool:
     def __init__(
         self, rewards: Sequence[Reward], *, workers: int, deadline: float, load_deadline: float = LOAD_DEADLINE
     ) -> None:
+        refuse_in_worker()
         if workers < 1:
             raise UsageError(f"workers must be at least 1, got {workers}")
         for name, seconds in (("deadline", deadline), ("load_deadline", load_deadline)):
@@ -52,10 +59,18 @@ class RewardPool:
         self.rewards = tuple(rewards)
         check_rewards(self.rewards)
         self._inline = {reward.name: _inline(reward) for reward in self.rewards if reward.inline}
-        if len(self._inline) < len(self.rewards):
-            raise UsageError("only inline reward functions so far")
-        self.deadline = deadline
+        packed = {reward.name: _sendable(reward) for reward in self.rewards if not reward.inline}
+        self._deadline = deadline
         self._lock = threading.Lock()
+        self._dispatcher = Dispatcher(
+            functions={name: function for name, (function, _) in packed.items()},
+            count=workers,
+            deadline=deadline,
+            load_deadline=load_deadline,
+            main_module=main_module_of([data for _, data in packed.values()]),
+        )
+        processes = self._dispatcher.workers
+        self._finalizer = multiprocessing.util.Finalize(self, end_workers, args=(processes,), exitpriority=100)
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Columns) -> Scores:
         """What these completions are worth.
@@ -81,6 +96,9 @@ class RewardPool:
         by_name = transpose(columns)
         with self._lock:
             parts = {name: self._score_inline(name, prompts, completions, by_name) for name in self._inline}
+            if self._dispatcher.functions:
+                batch = Batch(prompts=prompts, completions=completions, columns=by_name)
+                parts.update(self._dispatcher.score(batch))
         ordered = {reward.name: tuple(parts[reward.name]) for reward in self.rewards}
         return Scores(total=totals(self.rewards, ordered, len(completions)), parts=ordered)
 
@@ -95,10 +113,11 @@ class RewardPool:
             chosen = [prompts[row] for row in rows], [completions[row] for row in rows]
             return call(function, accepted, *chosen, part)
 
-        return score_in_parts(attempt, len(completions), budget=self.deadline)
+        return score_in_parts(attempt, len(completions), budget=self._deadline)
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers; another call of `score` would start new ones."""
+        end_workers(self._dispatcher.workers, PATIENCE)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -141,6 +160,32 @@ def _inline(reward: Reward) -> tuple[Callable[..., Any], Accepted]:
         raise UsageError(f"reward {reward.name!r}: {error}") from error
 
 
+def _sendable(reward: Reward) -> tuple[Any, bytes]:
+    """What a worker is told, so that it finds the function, and the same as bytes."""
+    function = reward.function
+    if isinstance(function, str):
+        return _place(reward.name, function), b""
+    try:
+        return function, bytes(ForkingPickler.dumps(function))
+    except Exception as error:
+        raise UsageError(
+            f"reward {reward.name!r} cannot be sent to a worker process: {error}. Lambdas and functions within "
+            "functions cannot; put it into a file and give path/to/file.py:function"
+        ) from error
+
+
+def _place(name: str, given: str) -> str:
+    if "://" in given:
+        check_address(given)
+        return given
+    file, colon, function = given.rpartition(":")
+    if not (colon and file and function):
+        raise UsageError(f"reward {name!r} is {given!r}; give path/to/file.py:function or an http:// address")
+    if not Path(file).is_file():
+        raise UsageError(f"reward {name!r}: there is no file {file!r}")
+    return f"{Path(file).resolve()}:{function}"
+
+
 def transpose(columns: Columns) -> dict[str, list[Any]]:
     """The columns by name, None where a line has no value.
 
@@ -151,21 +196,7 @@ def transpose(columns: Columns) -> dict[str, list[Any]]:
     for name in RESERVED:
         if name in names:
             raise UsageError(f"the data has a column {name!r}, as reward functions' own argument is called; rename it")
-    return {name: [line[name] if name in line else None for line in columns] for name in names}
-
-
-def check_columns(name: str, accepted: Accepted, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse a function that needs what the data does not have.
-
-    Raises:
-        UsageError: with the columns that there are.
-    """
-    missing = accepted.missing(columns)
-    if missing:
-        raise UsageError(
-            f"reward {name!r} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; the data has "
-            f"{', '.join(columns) or 'none'}. Give such an argument a default, or add the column"
-        )
+    return {name: [line.get(name) for line in columns] for name in names}
 
 
 def totals(rewards: Sequence[Reward], parts: Mapping[str, Sequence[Outcome]], count: int) -> tuple[float | None, ...]:
