@@ -164,9 +164,10 @@ def _without_peft(model: nn.Module) -> nn.Module:
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, peft.PeftModel):
         return model
-    if model.active_peft_config.is_prompt_learning:
+    whole: Any = model
+    if whole.active_peft_config.is_prompt_learning:
         raise UnsupportedArchitectureError("learned prompts have no parts here, only LoRA adapters do")
-    return model.get_base_model()
+    return whole.get_base_model()
 
 
 def _llama_like(whole: Any, model_type: str) -> Architecture:

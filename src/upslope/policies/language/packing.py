@@ -1,0 +1,152 @@
+"""Rows of tokens without their padding, each beginning that several rows share held once.
+
+What stands at a position of a causal model depends on the tokens up to it and on nothing else. So two rows with the
+same first k tokens have the same k hidden states, whoever chose those tokens: they are computed once, and their
+gradient is the sum over the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Numbers: TypeAlias = np.ndarray
+
+WORTHWHILE = 0.05
+"""The part of all tokens that sharing must save before rows are gathered instead of being views."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Rows that lie one behind another, equally long, each with equally many tokens of its own.
+
+    Attributes:
+        start: the packed number of the first row's first own token.
+        rows: how many rows.
+        own: tokens of its own in each row, its last ones.
+        length: tokens of each row, those included that it shares with an earlier one.
+        index: [rows, length] packed numbers of all tokens of each row; None where every token is its own.
+    """
+
+    start: int
+    rows: int
+    own: int
+    length: int
+    index: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the tokens of `R` rows lie among `N` packed ones.
+
+    Attributes:
+        token: [N] ids.
+        position: [N] of each within its row.
+        runs: all packed tokens, in order.
+        index: [R, L] packed number of each token of each row; 0 behind a row's end.
+        length: [R].
+        back: [N] where each packed token stands in a flat [R, L] table: r * L + position.
+    """
+
+    token: Tensor
+    position: Tensor
+    runs: tuple[Run, ...]
+    index: Tensor
+    length: Tensor
+    back: Tensor
+
+    @property
+    def plain(self) -> bool:
+        """Whether the packed tokens are the rows themselves, [R, L] flattened."""
+        first = self.runs[0]
+        return len(self.runs) == 1 and first.index is None
+
+
+def pack(tokens: Tensor, length: Tensor, *, share: bool = True) -> Layout:
+    """Pack the first `length[r]` tokens of each row.
+
+    Args:
+        tokens: [R, T] ids.
+        length: [R] of each row; 0 for one that is left out.
+        share: whether beginnings that rows have in common are held once. It is done only where that saves enough.
+
+    Raises:
+        ValueError: if all rows are empty.
+    """
+    device = tokens.device
+    longest = int(length.max())
+    if longest == 0:
+        raise ValueError("there is no token to read: every row is empty")
+    lengths = length.cpu().numpy()
+    table = tokens[:, :longest].cpu().numpy()
+    shared, owner = _shared(table, lengths) if share else (np.zeros_like(lengths), None)
+    if shared.sum() < WORTHWHILE * lengths.sum():
+        shared, owner = np.zeros_like(lengths), None
+    own = lengths - shared
+    order = np.lexsort((own, lengths))
+    order = order[own[order] > 0]
+    start = np.zeros_like(lengths)
+    start[order] = np.cumsum(own[order]) - own[order]
+    column = np.arange(longest)
+    inside = column < lengths[:, None]
+    index = (start - shared)[:, None] + column
+    if owner is not None:
+        index = np.take_along_axis(index, owner, axis=0)
+    index = np.where(inside, index, 0)
+    mine = inside & (column >= shared[:, None])
+    count = int(own.sum())
+    back = np.empty(count, dtype=np.int64)
+    back[index[mine]] = np.flatnonzero(mine)
+
+    def tensor(array: Numbers) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    return Layout(
+        token=tensor(table.reshape(-1)[back]),
+        position=tensor(back % longest),
+        runs=tuple(_runs(order, own, lengths, start, index, device)),
+        index=tensor(index),
+        length=length,
+        back=tensor(back),
+    )
+
+
+def _shared(table: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers]:
+    """For each row how many first tokens an earlier row has too, and for each position the row that holds it.
+
+    In lexicographic order a row shares most with the row before it. Whoever holds a position is the last row up to
+    this one, in that order, that does not share it.
+    """
+    rows, longest = table.shape
+    column = np.arange(longest)
+    marked = np.where(column < lengths[:, None], table + 1, 0)
+    keys = np.ascontiguousarray(marked.astype(">i8")).view(np.dtype((np.void, 8 * longest))).reshape(rows)
+    order = np.argsort(keys, kind="stable")
+    ordered = marked[order]
+    same = (ordered[1:] == ordered[:-1]) & (ordered[1:] > 0)
+    common = np.zeros(rows, dtype=lengths.dtype)
+    common[1:] = np.logical_and.accumulate(same, axis=1).sum(axis=1)
+    holds = np.where(column >= common[:, None], np.arange(rows)[:, None], 0)
+    holder = np.maximum.accumulate(holds, axis=0)
+    shared, owner = np.empty_like(common), np.empty_like(holder)
+    shared[order] = common
+    owner[order] = order[holder]
+    return shared, owner
+
+
+def _runs(
+    order: Numbers, own: Numbers, lengths: Numbers, start: Numbers, index: Numbers, device: torch.device
+) -> list[Run]:
+    """Neighbours in `order` with the same lengths, together."""
+    changes = np.flatnonzero((np.diff(own[order]) != 0) | (np.diff(lengths[order]) != 0)) + 1
+    runs: list[Run] = []
+    for rows in np.split(order, changes):
+        first, length = int(rows[0]), int(lengths[rows[0]])
+        whole = int(own[first]) == length
+        numbers = None if whole else torch.from_numpy(np.ascontiguousarray(index[rows, :length])).to(device)
+        runs.append(Run(start=int(start[first]), rows=len(rows), own=int(own[first]), length=length, index=numbers))
+    return runs
