@@ -145,6 +145,7 @@ class Batch:
         proximal_log_prob: p_t, of the learner before the update's first step, or None unless the algorithm asked for
             it and there are several steps (in the only one it is the log-prob itself).
         weight: w_t of the reduction, fixed for the whole optimiser step.
+        reference_point: z, the same at every step, where a loss measures gains from a point that `prepare` fixed.
         share: the part of the optimiser step's chosen steps that is in this batch: less than 1 in a micro-batch.
     """
 
@@ -160,6 +161,7 @@ class Batch:
     reference_log_prob: Tensor | None = None
     reference_distribution: Distribution | None = None
     proximal_log_prob: Tensor | None = None
+    reference_point: Tensor | None = None
     share: float = 1.0
 
 

@@ -2,6 +2,7 @@
 
 from upslope.algorithms.actor_critic import A2C as A2C
 from upslope.algorithms.actor_critic import OneStepActorCritic as OneStepActorCritic
+from upslope.algorithms.grpo import GRPO as GRPO
 from upslope.algorithms.ppo import PPO as PPO
 from upslope.algorithms.protocol import Algorithm as Algorithm
 from upslope.algorithms.protocol import Condition as Condition
@@ -9,6 +10,10 @@ from upslope.algorithms.protocol import GradientName as GradientName
 from upslope.algorithms.protocol import Loss as Loss
 from upslope.algorithms.protocol import Now as Now
 from upslope.algorithms.protocol import Passes as Passes
+from upslope.algorithms.protocol import Penalty as Penalty
 from upslope.algorithms.protocol import Target as Target
 from upslope.algorithms.protocol import scheduled as scheduled
+from upslope.algorithms.reference_kl import ReferenceKL as ReferenceKL
 from upslope.algorithms.reinforce import Reinforce as Reinforce
+from upslope.algorithms.rloo import RLOO as RLOO
+from upslope.algorithms.sft import SFT as SFT

@@ -11,13 +11,15 @@ Left out on purpose: no reward clipping, no early episode cuts; a time limit boo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled
+from upslope.algorithms.ratios import chosen_log_prob
+from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
     adapted_coefficient,
     clipped,
@@ -71,9 +73,13 @@ class PPO:
     """Look before every step (beyond 1.5 target_kl), or after each pass (beyond target_kl)."""
     recompute_advantage: bool = False
     """Compute advantages anew with the current critic before each pass after the first."""
+    reference_kl: ReferenceKL = field(default_factory=lambda: ReferenceKL(place="reward"))
+    """The penalty on the distance from a frozen reference; in the reward of each step unless it says otherwise."""
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
+        if not self.reference_kl.baselined:
+            raise ValueError("reference_kl.baselined=False speaks of a group's baseline, and PPO has a critic")
         if self.clip is None and self.kl_coefficient == 0.0:
             raise ValueError("PPO needs something to hold it: set clip (0.2 is usual) or kl_coefficient > 0")
         if self.clip is not None and not 0.0 < self.clip < 1.0:
@@ -106,6 +112,7 @@ class PPO:
             recompute_advantage=self.recompute_advantage,
             target_kl=self.target_kl,
             kl_stop=self.kl_stop,
+            reference=self.reference_kl.needs,
         )
 
     @property
@@ -118,8 +125,9 @@ class PPO:
             gradient="undiscounted_states",
             per="step",
             requires=("on_policy", "exact_critic", "fixed_steps"),
-            biased_by=biases,
+            biased_by=biases + self.reference_kl.biased_by,
             batchwise=self.normalize_advantage,
+            penalty=self.reference_kl.penalty,
         )
 
     def initial_state(self) -> State:
@@ -130,6 +138,7 @@ class PPO:
         """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
         assert value is not None
         assert next_value is not None
+        trajectory = self.reference_kl.rewarded(trajectory)
         advantage = gae(
             trajectory.reward,
             trajectory.discount(self.gamma),
@@ -169,6 +178,13 @@ class PPO:
         if self.entropy_coefficient != 0.0:
             per_step = per_step - self.entropy_coefficient * evaluation.entropy
         metrics = surrogate_metrics(batch, evaluation, objective, value_error, clip)
+        if self.reference_kl.on:
+            log_prob = chosen_log_prob(batch, evaluation)
+            penalty = self.reference_kl.of_loss(batch, evaluation, log_prob)
+            per_step = per_step if penalty is None else per_step + penalty
+            distance = self.reference_kl.watched(batch, log_prob, penalty)
+            assert distance is not None
+            metrics["reference_kl"] = weighted_sum(distance, batch.weight)
         if kl is not None:
             metrics["kl_exact"] = weighted_sum(kl.detach(), batch.weight)
         return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
@@ -212,6 +228,7 @@ class PPO:
             "KL": f"exact KL(old || new) in the loss, beta={self.kl_coefficient}{adaptive}"
             if self.kl_coefficient
             else "none",
+            "reference KL": self.reference_kl.describe(),
             "KL stop": "never" if self.target_kl is None else f"{self.kl_stop}, target {self.target_kl} (k3 estimate)",
             "value error": f"{self.value_coefficient} x {value}; target = GAE + V",
             "entropy bonus": str(self.entropy_coefficient),

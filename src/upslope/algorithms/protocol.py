@@ -18,13 +18,31 @@ ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 """How a coefficient moves over a run: not at all, to zero in a straight line, or to zero along half a cosine."""
 
 
-GradientName: TypeAlias = Literal["discounted", "undiscounted_states", "average_reward"]
-"""grad J_gamma; the same with gamma^t dropped, sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a); grad r_bar."""
+GradientName: TypeAlias = Literal["discounted", "undiscounted_states", "average_reward", "given_data"]
+"""grad J_gamma; the same with gamma^t dropped, sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a); grad r_bar; or, of data
+that nobody sampled, the gradient of the algorithm's own loss on it: there is no return."""
 
 Condition: TypeAlias = Literal["exact_critic", "exact_critic_at_limit", "on_policy", "no_time_limit", "fixed_steps"]
 """What an estimator may need to be unbiased: V = v_pi; V = v_pi where a limit cuts a trajectory; data of the policy
 being differentiated; no trajectory cut by a limit that is not part of the task; batches that all hold the same number
 of steps, as a mean over steps is a ratio where they do not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Penalty:
+    """A penalty on the distance from a frozen reference that is part of what an algorithm maximises.
+
+    Attributes:
+        coefficient: beta.
+        of: "trajectories": beta KL(pi || ref) of whole trajectories is subtracted from J. "steps": the gradient of
+            KL(pi || ref) at each visited state is followed, sum_s eta(s) grad KL(s), as though the policy did not
+            change which states are visited.
+        baselined: whether it is part of the reward before the group's baseline, and shrinks with it.
+    """
+
+    coefficient: float
+    of: Literal["trajectories", "steps"]
+    baselined: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +53,14 @@ class Target:
         gradient: which gradient the mean is proportional to.
         per: "trajectory": the gradient itself. "step": the gradient over the mean length of an episode, since the
             average is over steps (state weights mu instead of eta).
-        factor: what else multiplies it, such as (G - 1) / G.
+        factor: what else multiplies it, such as 1 / L.
         requires: the mean is exactly that only where all of these hold; where one does not, there is bias.
         biased_by: settings under which no condition makes it exact, in words; empty where there are none.
         batchwise: whether the rows of a batch change one another's gradient (advantages standardised over the batch),
             so that the mean over batches is not the mean over rows.
+        group_mean: whether the mean of a group of G, the row itself among them, is its baseline, so that the factor is
+            (G - 1) / G times as much.
+        penalty: on the distance from the reference, or None.
     """
 
     gradient: GradientName
@@ -48,6 +69,8 @@ class Target:
     requires: tuple[Condition, ...] = ()
     biased_by: tuple[str, ...] = ()
     batchwise: bool = False
+    group_mean: bool = False
+    penalty: Penalty | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +89,10 @@ class Passes:
         reference: what of the frozen reference policy the algorithm needs: nothing, f_t, or its distributions.
         proximal: whether the loss needs p_t of the learner itself, as the sampler's log-probs may differ from it.
         together: consecutive rows that no minibatch and no micro-batch may part (2 for pairs).
+        groups: whether Psi compares the rows of a group, so that each needs two rows at least.
+        whole_rows: whether the loss looks at whole rows [B, T] (one ratio per sequence), for any policy.
+        proximal_in_prepare: whether p_t is needed before the step, so that it is there in an update's only one too.
+        values_first: whether Psi needs the critic's values before the update, where there is a critic.
         kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
             looks at the last minibatch of each pass and stops beyond target_kl.
     """
@@ -81,6 +108,10 @@ class Passes:
     reference: Literal["none", "log_prob", "distribution"] = "none"
     proximal: bool = False
     together: int = 1
+    groups: bool = False
+    whole_rows: bool = False
+    proximal_in_prepare: bool = False
+    values_first: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

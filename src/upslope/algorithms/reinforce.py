@@ -11,13 +11,15 @@ task: what would follow counts as 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import Condition, Loss, Now, Passes, State, Target
+from upslope.algorithms.ratios import chosen_log_prob
+from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
     baselined,
     discount_weight,
@@ -57,11 +59,23 @@ class Reinforce:
     """Multiplier of 0.5 (V - target)^2, where psi uses a critic."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
+    reference_kl: ReferenceKL = field(default_factory=lambda: ReferenceKL(place="reward"))
+    """The penalty on the distance from a frozen reference; in the reward of each step unless it says otherwise."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that have no meaning."""
+        if not self.reference_kl.baselined:
+            raise ValueError("reference_kl.baselined=False speaks of a group's baseline, and Reinforce has none")
 
     @property
     def passes(self) -> Passes:
         """One step on whole episodes."""
-        return Passes(critic=self.psi not in _WITHOUT_CRITIC, whole_episodes=True)
+        return Passes(
+            critic=self.psi not in _WITHOUT_CRITIC,
+            whole_episodes=True,
+            reference=self.reference_kl.needs,
+            whole_rows=self.reference_kl.needs == "distribution",
+        )
 
     @property
     def target(self) -> Target:
@@ -86,8 +100,9 @@ class Reinforce:
             gradient="discounted" if discounted else "undiscounted_states",
             per="trajectory",
             requires=requires,
-            biased_by=biases,
+            biased_by=biases + self.reference_kl.biased_by,
             batchwise=self.normalize_advantage,
+            penalty=self.reference_kl.penalty,
         )
 
     def initial_state(self) -> State:
@@ -96,6 +111,7 @@ class Reinforce:
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
         """Psi_t by the chosen row of the table, times gamma^t if asked for."""
+        trajectory = self.reference_kl.rewarded(trajectory)
         reward, cut, discount = trajectory.reward, trajectory.cut, trajectory.discount(self.gamma)
         mask, target = trajectory.partial_mask, None
         if self.psi == "total_reward":
@@ -125,9 +141,16 @@ class Reinforce:
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """The negative score-function objective, plus the critic's error and the entropy bonus."""
-        objective = score_function(evaluation.log_prob, batch.advantage)
+        log_prob = chosen_log_prob(batch, evaluation)
+        objective = score_function(log_prob, batch.advantage)
         per_step = -objective
         metrics: dict[str, Tensor] = {}
+        penalty = self.reference_kl.of_loss(batch, evaluation, log_prob)
+        if penalty is not None:
+            per_step = per_step + penalty
+        distance = self.reference_kl.watched(batch, log_prob, penalty)
+        if distance is not None:
+            metrics["reference_kl"] = _mean(distance, batch)
         if batch.value_target is not None and evaluation.value is not None:
             value_error = squared_value_error(evaluation.value, batch.value_target)
             per_step = per_step + self.value_coefficient * value_error
@@ -153,6 +176,7 @@ class Reinforce:
             "state weights": kept,
             "advantage scale": "standardised over the batch" if self.normalize_advantage else "none",
             "ratio": "none (score function)",
+            "KL": self.reference_kl.describe(),
             "value error": self._describe_value_error(),
             "entropy bonus": str(self.entropy_coefficient),
             "reduction": "trajectory_sum: sum over steps, mean over trajectories",

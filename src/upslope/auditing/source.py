@@ -64,12 +64,14 @@ class AlgorithmSource:
         algorithm: under audit.
         micro_batches: pieces per optimiser step.
         seed: of the shuffling into minibatches, which is another one for each batch.
+        reference: the frozen policy that the algorithm stays close to, where it asks for one.
         batches: how many it has seen.
     """
 
     algorithm: Algorithm
     micro_batches: int = 1
     seed: int = 0
+    reference: Policy | None = None
     batches: int = field(default=0, init=False)
 
     def ascent(self, policy: Policy, parameters: Sequence[nn.Parameter], trajectory: Trajectory) -> Tensor:
@@ -83,6 +85,7 @@ class AlgorithmSource:
             now=Now(state=self.algorithm.initial_state()),
             learning_rate=0.0,
             generator=self._generator(),
+            reference=self.reference,
         )
         self.batches += 1
         if len(recorder.ascents) == 1:

@@ -22,6 +22,7 @@ from upslope.exact import (
     enumerate_groups,
     exact_critic,
     sample_completions,
+    sequence_kl_gradient,
     solve_tokens,
     token_gradient,
     token_problem,
@@ -72,6 +73,7 @@ class TokenSetting:
         stale: bool = False,
         rows: int = 4,
         seed: int = 0,
+        beta: float = 0.0,
     ) -> TokenSetting:
         """A setting with random policies.
 
@@ -85,6 +87,7 @@ class TokenSetting:
             stale: the completions come from a policy with other parameters.
             rows: of a drawn batch.
             seed: of all parameters.
+            beta: what the critic knows of a penalty on the distance from the reference.
 
         Raises:
             UsageError: if a number is less than 1.
@@ -95,7 +98,9 @@ class TokenSetting:
         policy, reference = (_policy(tokens, network, 2 * seed + i) for i in (0, 1))
         if isinstance(policy, PrefixTable):
             with torch.no_grad():
-                policy.value.copy_(exact_critic(tokens, policy, solve_tokens(tokens, policy)))
+                policy.value.copy_(
+                    exact_critic(tokens, policy, solve_tokens(tokens, policy, reference=reference, beta=beta))
+                )
                 if critic == "perturbed":
                     policy.value.add_(0.3 * torch.cos(1.0 + 3.0 * torch.arange(len(policy.value), dtype=torch.float64)))
         for parameter in reference.parameters():
@@ -172,12 +177,28 @@ class TokenSetting:
         """[P] what a declared target is here: with a discount of 1, gamma^t changes nothing.
 
         Raises:
-            ValueError: if the target is the gradient of an average reward.
+            ValueError: if the target is the gradient of an average reward, or of no return at all.
         """
         if target.gradient == "average_reward":
             raise ValueError("completions end: there is no average reward per step without end")
-        gradient = token_gradient(self.tokens, self.policy, self.parameters)
+        if target.gradient == "given_data":
+            raise ValueError("the algorithm learns from given data and follows no gradient of a return")
+        shrunk = (self.size - 1) / self.size if target.group_mean else 1.0
+        gradient = shrunk * token_gradient(self.tokens, self.policy, self.parameters)
+        if target.penalty is not None:
+            beta = target.penalty.coefficient * (shrunk if target.penalty.baselined else 1.0)
+            gradient = gradient - beta * self.kl_gradient(target.penalty.of)
         return gradient * (target.factor if target.per == "trajectory" else target.factor / self.mean_length)
+
+    def kl_gradient(self, of: Literal["trajectories", "steps"]) -> Tensor:
+        """[P] of KL(pi || ref) of whole completions, or at each prefix, visits held fixed."""
+        if of == "trajectories":
+            return sequence_kl_gradient(self.tokens, self.policy, self.reference, self.parameters)
+        rows = enumerate_completions(self.tokens, self.policy)
+        own, other = (policy.evaluate(rows.trajectory).distribution for policy in (self.policy, self.reference))
+        kl = own.kl(other).masked_fill(~rows.trajectory.mask, 0.0).sum(-1)
+        found = torch.autograd.grad((rows.behaviour_probability * kl).sum(), self.parameters)
+        return torch.cat([part.flatten() for part in found])
 
     def _grouped(self, batch: Trajectory) -> Trajectory:
         return replace(batch, group=None) if self.size == 1 else batch

@@ -94,31 +94,40 @@ def group_relative(
     total: Tensor,
     group: Tensor,
     *,
-    scale: Literal["none", "group", "batch"] = "none",
+    baseline: Literal["mean", "leave_one_out"] = "mean",
+    scale: Literal["none", "group", "batch", "leave_one_out"] = "none",
     epsilon: float = 1e-6,
 ) -> Tensor:
-    """Group-relative advantage: R_i - mean of its group, divided by the chosen scale.
+    """Group-relative advantage: R_i - baseline of its group, divided by the chosen scale.
 
-    scale="none" keeps the direction unbiased up to the factor (G-1)/G (Dr. GRPO); "group" divides by the
-    group's standard deviation (ddof 1) + epsilon (GRPO, DeepSeekMath), which re-weights groups and biases the
-    gradient; "batch" divides by the standard deviation of all totals (ddof 1) + epsilon. A group whose totals
-    are all equal (max == min) has advantage exactly 0 under every scale. Statistics are two-pass in float64.
+    scale="none" keeps the direction unbiased, with the mean of the group as baseline up to the factor (G-1)/G
+    (Dr. GRPO); "group" divides by the group's standard deviation (ddof 1) + epsilon (GRPO, DeepSeekMath), which
+    re-weights groups and biases the gradient; "batch" divides by the standard deviation of all totals (ddof 1) +
+    epsilon; "leave_one_out" by that of the other members (ddof 1) + epsilon, and by nothing where these are all equal
+    or fewer than two (NeMo-RL). A group whose totals are all equal (max == min) has advantage exactly 0 under every
+    scale. Statistics are two-pass in float64.
 
     >>> total, group = torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([7, 7, 3, 3])
     >>> group_relative(total, group)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     >>> group_relative(total, group, scale="group")
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
+    >>> total, group = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([2, 2, 2])
+    >>> group_relative(total, group, baseline="leave_one_out", scale="leave_one_out")
+    tensor([ 1.0000, -0.7071, -0.7071])
 
     Args:
         total: any shape, one number per trajectory.
         group: of the same shape, integer label of the group.
-        scale: "none", "group" or "batch".
+        baseline: "mean" of the group, or "leave_one_out" for the mean of the others: G/(G-1) times as much.
+        scale: "none", "group", "batch" or "leave_one_out".
         epsilon: added to the standard deviation, at least 0.
 
     Raises:
-        ValueError: shapes differ, `group` is not of an integer type, a group has one member, or an unknown scale.
+        ValueError: shapes differ, `group` is not of an integer type, a group has one member, or an unknown choice.
     """
+    if baseline not in ("mean", "leave_one_out"):
+        raise ValueError(f'baseline must be "mean" or "leave_one_out"; got {baseline!r}')
     centred, index, sizes = _centre(total, group)
     if epsilon < 0:
         raise ValueError(f"epsilon must be at least 0; got {epsilon}")
@@ -126,11 +135,15 @@ def group_relative(
         spread = (_per_group(centred.square(), index, sizes) / (sizes - 1)).sqrt()[index] + epsilon
     elif scale == "batch":
         spread = total.reshape(-1).to(torch.float64).std() + epsilon
+    elif scale == "leave_one_out":
+        spread = _spread_of_others(centred, index, sizes, epsilon)
     elif scale == "none":
-        return centred.to(total.dtype).view(total.shape)
+        spread = torch.ones((), dtype=torch.float64, device=total.device)
     else:
-        raise ValueError(f'scale must be "none", "group" or "batch"; got {scale!r}')
+        raise ValueError(f'scale must be "none", "group", "batch" or "leave_one_out"; got {scale!r}')
     scaled = torch.where(centred == 0, 0.0, centred / spread)
+    if baseline == "leave_one_out":
+        scaled = scaled * (sizes / (sizes - 1))[index]
     return scaled.to(total.dtype).view(total.shape)
 
 
@@ -225,6 +238,22 @@ def _centre(total: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lowest = lowest.scatter_reduce(0, index, flat, "amin")[index]
     shifted = flat - lowest
     return shifted - (_per_group(shifted, index, sizes) / sizes)[index], index, sizes
+
+
+def _spread_of_others(centred: Tensor, index: Tensor, sizes: Tensor, epsilon: float) -> Tensor:
+    """The standard deviation (ddof 1) of the other members + epsilon; 1 where they are equal or fewer than two.
+
+    With c the totals less the group's mean and S the sum of c^2, the others' sum of squares is S - c^2 G / (G - 1).
+    """
+    size = sizes[index]
+    squares = _per_group(centred.square(), index, sizes)[index] - centred.square() * size / (size - 1)
+    ends = torch.zeros_like(centred, dtype=torch.bool)
+    for end in ("amin", "amax"):
+        extreme = torch.zeros_like(sizes).scatter_reduce(0, index, centred, end, include_self=False)[index]
+        here = centred == extreme
+        ends |= _per_group(here.to(torch.float64), index, sizes)[index] - here.to(torch.float64) == size - 1
+    spread = (squares.clamp(min=0.0) / (size - 2).clamp(min=1)).sqrt() + epsilon
+    return torch.where(ends, 1.0, spread)
 
 
 def _per_group(values: Tensor, index: Tensor, sizes: Tensor) -> Tensor:

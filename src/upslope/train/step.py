@@ -36,10 +36,17 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learned:
-    """What an update leaves behind: the algorithm's carried numbers, and means over its optimiser steps."""
+    """What an update leaves behind.
+
+    Attributes:
+        state: the algorithm's carried numbers.
+        metrics: means over its optimiser steps.
+        advantage: [B, T], Psi_t before its first pass and before any scaling.
+    """
 
     state: State
     metrics: dict[str, float]
+    advantage: Tensor
 
 
 def learn(
@@ -68,7 +75,8 @@ def learn(
         reference: the frozen policy that the algorithm stays close to, where it asks for one.
 
     Returns:
-        The carried numbers after the update and its metrics.
+        The carried numbers after the update and its metrics. Those of a sequential policy have "mismatch", the largest
+        |l - b| over the chosen steps of the first optimiser step, where the actions were sampled.
 
     Raises:
         UsageError: if the algorithm needs a reference and there is none, or the batch is too small to be cut.
@@ -78,8 +86,9 @@ def learn(
     value, next_value, signal = _signal(policy, algorithm, trajectory)
     if meter is not None:
         meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, passes=passes)
+    advantage = signal.advantage
     batch = _batch(policy, passes, trajectory, value, signal, reference)
-    totals = _Totals()
+    totals = _Totals(measure_mismatch=policy.sequential and _sampled(batch))
     for epoch in range(passes.epochs):
         if epoch and passes.recompute_advantage:
             value, _, signal = _signal(policy, algorithm, trajectory)
@@ -106,7 +115,7 @@ def learn(
     state = algorithm.adapt(now.state, metrics)
     if meter is not None:
         metrics.update(meter.end(policy, moved="kl" not in metrics))
-    return Learned(state=state, metrics=metrics)
+    return Learned(state=state, metrics=metrics, advantage=advantage)
 
 
 def _referenced(passes: Passes, trajectory: Trajectory, reference: Policy | None) -> Trajectory:
@@ -129,7 +138,7 @@ def _signal(
 ) -> tuple[Tensor | None, Tensor | None, Signal]:
     with torch.no_grad():
         value = next_value = None
-        if algorithm.passes.critic:
+        if algorithm.passes.critic and algorithm.passes.values_first:
             value, next_value = policy.values(trajectory)
         return value, next_value, algorithm.advantage(trajectory, value, next_value)
 
@@ -155,7 +164,7 @@ def _batch(
         weight=trajectory.behaviour_log_prob,
         reference_log_prob=trajectory.reference_log_prob,
     )
-    if policy.sequential:
+    if policy.sequential or passes.whole_rows:
         hidden = ~trajectory.mask
         batch = replace(batch, behaviour_log_prob=batch.behaviour_log_prob.masked_fill(hidden, 0.0))
     elif not passes.whole_episodes:
@@ -163,7 +172,7 @@ def _batch(
     if passes.reference == "distribution" and reference is not None:
         with torch.no_grad():
             batch = replace(batch, reference_distribution=reference.evaluate(batch).distribution.detach())
-    if passes.proximal and passes.epochs * passes.minibatches > 1:
+    if passes.proximal_in_prepare or (passes.proximal and passes.epochs * passes.minibatches > 1):
         with torch.no_grad():
             batch = replace(batch, proximal_log_prob=policy.evaluate(batch).log_prob.detach())
     if passes.behaviour_distribution:
@@ -251,13 +260,15 @@ def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
         reference_log_prob=maybe(batch.reference_log_prob),
         reference_distribution=batch.reference_distribution,
         proximal_log_prob=maybe(batch.proximal_log_prob),
+        reference_point=maybe(batch.reference_point),
     )
 
 
 def _prepared(policy: Policy, algorithm: Algorithm, minibatch: Batch) -> Batch:
-    """Weights and advantages of one optimiser step; rows stay whole only where the policy needs them."""
+    """Weights and advantages of one optimiser step; rows stay whole only where the policy or the loss needs them."""
     minibatch = algorithm.prepare(minibatch)
-    return _chosen(minibatch) if minibatch.mask.dim() > 1 and not policy.sequential else minibatch
+    rows = policy.sequential or algorithm.passes.whole_rows
+    return _chosen(minibatch) if minibatch.mask.dim() > 1 and not rows else minibatch
 
 
 def _differentiate(
@@ -276,9 +287,12 @@ def _differentiate(
     metrics: dict[str, Tensor] = {}
     for part in range(parts):
         piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts, together)
-        if policy.sequential and not bool(piece.mask.any()):
+        if piece.mask.dim() > 1 and not bool(piece.mask.any()):
             continue
         evaluation = policy.evaluate(piece)
+        if totals.measure_mismatch:
+            apart = _mismatch(piece, evaluation.log_prob)
+            metrics["mismatch"] = torch.maximum(metrics["mismatch"], apart) if "mismatch" in metrics else apart
         if meter is not None:
             meter.evaluated(piece, evaluation)
         loss = algorithm.loss(piece, evaluation, now)
@@ -297,14 +311,27 @@ def _kl(piece: Batch, log_prob: Tensor) -> Tensor:
     return estimate.sum() * (piece.share / max(estimate.numel(), 1))
 
 
+def _sampled(batch: Batch) -> bool:
+    """Whether a policy sampled these actions: of data that nobody sampled the log-prob is NaN."""
+    return bool(batch.behaviour_log_prob[batch.mask].isfinite().all())
+
+
+@torch.no_grad()
+def _mismatch(piece: Batch, log_prob: Tensor) -> Tensor:
+    """max |l - b|: how far what generated and what learns are apart before anything moved."""
+    return torch.where(piece.mask, log_prob - piece.behaviour_log_prob, 0.0).abs().max()
+
+
 class _Totals:
     """Metrics of the optimiser steps of one update, turned into numbers once at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, measure_mismatch: bool) -> None:
+        self.measure_mismatch = measure_mismatch
         self._steps: list[dict[str, Tensor]] = []
         self._norms: list[float] = []
 
     def add(self, metrics: dict[str, Tensor]) -> None:
+        self.measure_mismatch = False
         self._steps.append(metrics)
 
     def add_norm(self, norm: float) -> None:
