@@ -54,5 +54,7 @@ class LanguageModelConfig:
     """bfloat16 computes in it (autocast); weights stay in float32."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass: less memory, about a third slower. Never touches generation."""
+    end_token: str | None = None
+    """The token that ends a completion, by name, where the source's tokenizer has none or another one is meant."""
     value_head: bool = False
     """A linear critic (for a reward model: the reward) on the last hidden states."""

@@ -31,14 +31,17 @@ def quietly() -> Iterator[None]:
     require_language()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
-        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        level, hub_level, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
             yield
         finally:
             logging.set_verbosity(level)
+            hub_logging.set_verbosity(hub_level)
             if bars:
                 logging.enable_progress_bar()

@@ -55,14 +55,17 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self.size = len(backend)
-        self.end_token = _end_token(backend, end_token, tuple(more_ends))
-        self.end = frozenset({self.end_token, *more_ends})
+        further = tuple(more_ends)
+        self.end_token = _end_token(backend, end_token, further)
+        self.end = frozenset({self.end_token, *further})
         outside = sorted(token for token in self.end if not 0 <= token < self.size)
         if outside:
             raise UsageError(
                 f"the end tokens {outside} are no tokens of a tokenizer of {self.size}: correct eos_token_id in the "
                 "model's generation_config.json or config.json"
             )
+        if backend.eos_token_id != self.end_token:
+            backend.eos_token = str(backend.convert_ids_to_tokens(self.end_token))
         self._special = tuple(sorted(map(str, backend.all_special_tokens), key=len, reverse=True))
         self._alphabet = _alphabet(self._fast)
         self.begin = _begin(self._fast, self._alphabet)
@@ -310,16 +313,17 @@ def load_tokenizer(source: str | Path, *, end_token: str | None = None) -> Token
 
 def _configured_ends(source: str | Path, *, local: bool) -> tuple[int, ...]:
     """`eos_token_id` of the generation config, else of the config; a number or a list."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name in ("generation_config.json", "config.json"):
         path = cached_file(str(source), name, local_files_only=local, _raise_exceptions_for_missing_entries=False)
         if path is None:
             continue
-        content = json.loads(Path(path).read_text("utf-8"))
-        found = content["eos_token_id"] if "eos_token_id" in content else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
+        match json.loads(Path(path).read_text("utf-8")):
+            case {"eos_token_id": list(found)}:
+                return tuple(int(token) for token in found)
+            case {"eos_token_id": int(found)}:
+                return (found,)
     return ()
 
 
@@ -338,8 +342,8 @@ def _end_token(backend: PreTrainedTokenizerFast, name: str | None, more: tuple[i
             raise UsageError(f"end_token={name!r} is no token of the tokenizer: give one of its tokens by name")
         return found[name]
     own = backend.eos_token_id
-    if own is not None:
-        return int(own)
+    if isinstance(own, int):
+        return own
     if more:
         return more[0]
     raise UsageError(
@@ -366,7 +370,7 @@ def _begin(fast: Any, alphabet: frozenset[str] | None) -> tuple[int, ...]:
     text = "a" if alphabet is None else min(alphabet)
     plain = fast.encode(text, add_special_tokens=False).ids
     full = fast.encode(text, add_special_tokens=True).ids
-    for place in range(len(full) - len(plain) + 1):
+    for place in reversed(range(len(full) - len(plain) + 1)):
         if full[place : place + len(plain)] == plain:
             return tuple(full[:place])
     return ()
