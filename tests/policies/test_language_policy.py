@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_language_models import KINDS, Rows, sample_rows, tiny_model, tiny_policy
+from tiny_language_models import KINDS, Rows, policy_on, sample_rows, tiny_model, tiny_policy
 from torch import Tensor
 
 from upslope.policies.language import decoder, packing
@@ -140,7 +140,7 @@ def test_sampling_is_part_of_the_policy() -> None:
     expected = log_policy.gather(-1, rows.action.unsqueeze(-1)).squeeze(-1) * rows.mask
     evaluation = policy.evaluate(rows)
     torch.testing.assert_close(evaluation.log_prob, expected, atol=1e-5, rtol=0.0)
-    assert float(evaluation.entropy.max()) <= np.log(10) + 1e-6
+    assert float(evaluation.entropy.detach().max()) <= np.log(10) + 1e-6
 
 
 def cut_trajectory(rows: Rows) -> Trajectory:
@@ -188,9 +188,10 @@ def test_values_need_a_critic() -> None:
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "ragged"])
-def test_other_architectures_run_through_transformers(equal: bool) -> None:
+@pytest.mark.parametrize("again", [True, False], ids=["recomputed", "kept"])
+def test_other_architectures_run_through_transformers(again: bool, equal: bool) -> None:
     with pytest.warns(UserWarning, match="GPTNeoX.* transformers' own forward pass.*'gpt_neox'"):
-        policy = tiny_policy("neox", tied=False, value_head=True)
+        policy = tiny_policy("neox", tied=False, value_head=True, checkpoint_activations=again)
     assert policy.architecture is None
     rows = sample_rows(equal=equal)
     evaluation, (log_prob, _) = policy.evaluate(rows), dense(policy.model, rows)
@@ -198,6 +199,12 @@ def test_other_architectures_run_through_transformers(equal: bool) -> None:
     found = gradients(policy.model, (weights(rows) * evaluation.log_prob).sum())
     assert_equal_gradients(found, gradients(policy.model, (weights(rows) * log_prob).sum()), 1e-5)
     policy.values(cut_trajectory(rows))
+    calls: list[int] = []
+    layer = policy.model.gpt_neox.layers[0]
+    layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    policy.evaluate(rows).log_prob.sum().backward()
+    assert len(calls) == (2 if again else 1)
+    assert not layer.training
 
 
 def test_capped_scores_run_through_transformers_with_capped_logits() -> None:
@@ -210,12 +217,10 @@ def test_capped_scores_run_through_transformers_with_capped_logits() -> None:
 def test_a_model_that_computes_something_else_is_found_out() -> None:
     model = tiny_model("llama")
     forward = model.model.layers[1].forward
-    model.model.layers[1].forward = lambda x, **more: 1.01 * forward(x, **more)
+    model.model.layers[1].forward = lambda x, **more: forward(x, **more) + 0.1 * x.roll(1, -1)
     with pytest.warns(UserWarning, match="logits differ"):
-        policy = tiny_policy_of(model)
+        policy = policy_on(model)
     assert policy.architecture is None
-    whole = model.lm_head.forward
-    model.lm_head.forward = lambda x: whole(x)
     outer = model.forward
 
     def scaled(**arguments: Any) -> Any:
@@ -225,26 +230,10 @@ def test_a_model_that_computes_something_else_is_found_out() -> None:
 
     model.forward = scaled
     with pytest.warns(UserWarning, match="logits differ"), pytest.raises(UnsupportedArchitectureError, match="between"):
-        tiny_policy_of(model)
+        policy_on(model)
 
 
-def tiny_policy_of(model: Any) -> Any:
-    return decoder_policy(model)
-
-
-def decoder_policy(model: Any) -> Any:
-    from upslope.policies.language.policy import LanguagePolicy
-
-    return LanguagePolicy(
-        model,
-        None,  # type: ignore[arg-type]
-        sampling=Sampling(),
-        value_head=False,
-        precision="float32",
-        checkpoint_activations=False,
-    )
-
-
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_adapters_are_part_of_the_parts(kind: str) -> None:
     peft = pytest.importorskip("peft")
@@ -254,7 +243,7 @@ def test_adapters_are_part_of_the_parts(kind: str) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    policy, rows = decoder_policy(model), sample_rows()
+    policy, rows = policy_on(model), sample_rows()
     assert policy.architecture is not None
     evaluation, (log_prob, _) = policy.evaluate(rows), dense(model, rows)
     torch.testing.assert_close(evaluation.log_prob, log_prob, atol=1e-5, rtol=0.0)
@@ -292,38 +281,35 @@ def test_rows_beyond_the_context_and_rows_without_tokens_are_refused() -> None:
 def test_exact_divergence_is_the_dense_one() -> None:
     policy, rows = tiny_policy("gpt2", dtype=torch.float64), sample_rows()
     other = tiny_policy("gpt2", dtype=torch.float64, layers=1)
-    mine, theirs = policy.evaluate(rows).distribution, other.evaluate(rows).distribution
-    log_p = policy.model(input_ids=rows.observation).logits.log_softmax(-1)
-    log_q = other.model(input_ids=rows.observation).logits.log_softmax(-1)
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1) * rows.mask
-    found = mine.kl(theirs)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0.0)
-    weight = weights(rows)
+
+    def exact() -> Tensor:
+        return policy.evaluate(rows).distribution.kl(other.evaluate(rows).distribution)
+
+    def by_all_logits() -> Tensor:
+        log_p, log_q = (of.model(input_ids=rows.observation).logits.log_softmax(-1) for of in (policy, other))
+        return (log_p.exp() * (log_p - log_q)).sum(-1) * rows.mask
+
+    found = exact().detach()
+    torch.testing.assert_close(found, by_all_logits(), atol=1e-12, rtol=0.0)
     for model in (policy.model, other.model):
-        dense_gradient = gradients(
-            model, (weight * expected).sum() if model is policy.model else (weight * expected).sum()
-        )
-        assert_equal_gradients(gradients(model, (weight * found).sum()), dense_gradient, 1e-12)
-        mine, theirs = policy.evaluate(rows).distribution, other.evaluate(rows).distribution
-        log_p = policy.model(input_ids=rows.observation).logits.log_softmax(-1)
-        log_q = other.model(input_ids=rows.observation).logits.log_softmax(-1)
-        expected, found = (log_p.exp() * (log_p - log_q)).sum(-1) * rows.mask, mine.kl(theirs)
-    index = torch.tensor([4, 0, 2])
-    torch.testing.assert_close(mine.select(index).kl(theirs.select(index)), found[index])
-    torch.testing.assert_close(mine.select(slice(1, 4)).kl(theirs.select(slice(1, 4))), found[1:4])
-    with pytest.raises(ValueError, match="same positions"):
-        mine.select(index).kl(theirs)
+        expected = gradients(model, (weights(rows) * by_all_logits()).sum())
+        assert_equal_gradients(gradients(model, (weights(rows) * exact()).sum()), expected, 1e-12)
+    mine, theirs = policy.evaluate(rows).distribution, other.evaluate(rows).distribution
+    for index in (torch.tensor([4, 0, 2]), slice(1, 4)):
+        torch.testing.assert_close(mine.select(index).kl(theirs.select(index)).detach(), found[index])
+        with pytest.raises(ValueError, match="same positions"):
+            mine.select(index).kl(theirs)
 
 
 def test_a_detached_distribution_stays_when_the_policy_moves() -> None:
     policy, rows = tiny_policy(), sample_rows()
     before = policy.evaluate(rows).distribution.detach()
-    assert float(before.kl(policy.evaluate(rows).distribution).abs().max()) < 1e-6
+    assert float(before.kl(policy.evaluate(rows).distribution).detach().abs().max()) < 1e-6
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.1)
     assert float(before.kl(before).abs().max()) < 1e-6
-    assert float(before.kl(policy.evaluate(rows).distribution).max()) > 1e-3
+    assert float(before.kl(policy.evaluate(rows).distribution).detach().max()) > 1e-3
 
 
 def test_packing_holds_shared_beginnings_once_and_every_row_whole() -> None:

@@ -66,18 +66,17 @@ def tiny_model(
     return model.to(dtype).eval()
 
 
-def tiny_policy(
-    kind: str = "llama",
+def policy_on(
+    model: Any,
     *,
     value_head: bool = False,
     sampling: Sampling | None = None,
     checkpoint_activations: bool = False,
     precision: Any = "float32",
-    **more: Any,
 ) -> LanguagePolicy:
-    """A policy on such a model, with no tokenizer; its critic is not 0."""
+    """A policy with no tokenizer; its critic is not 0."""
     policy = LanguagePolicy(
-        tiny_model(kind, **more),
+        model,
         None,  # type: ignore[arg-type]
         sampling=sampling or Sampling(),
         value_head=value_head,
@@ -89,6 +88,25 @@ def tiny_policy(
             policy.value_head.weight.copy_(torch.linspace(-1.0, 1.0, policy.value_head.weight.numel()))
             policy.value_head.bias.fill_(0.3)
     return policy
+
+
+def tiny_policy(
+    kind: str = "llama",
+    *,
+    value_head: bool = False,
+    sampling: Sampling | None = None,
+    checkpoint_activations: bool = False,
+    precision: Any = "float32",
+    **more: Any,
+) -> LanguagePolicy:
+    """A policy on `tiny_model(kind, **more)`."""
+    return policy_on(
+        tiny_model(kind, **more),
+        value_head=value_head,
+        sampling=sampling,
+        checkpoint_activations=checkpoint_activations,
+        precision=precision,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol, final
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from upslope.errors import UsageError
 from upslope.policies.language.architecture import Architecture
 from upslope.policies.language.packing import Layout
 from upslope.policies.language.parts import Layer, rotate
@@ -99,10 +101,8 @@ class HuggingFaceBody:
     """
 
     def __init__(self, model: nn.Module, *, checkpoint_activations: bool) -> None:
-        whole: Any = model
-        if checkpoint_activations:
-            whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._model = model
+        self._recomputed = _checkpointed_layers(model) if checkpoint_activations else []
 
     def hidden(self, layout: Layout, wanted: Tensor) -> Tensor:
         """Last hidden states [M, D] of the packed tokens numbered `wanted` [M]."""
@@ -110,10 +110,32 @@ class HuggingFaceBody:
         rows, longest = layout.index.shape
         place = torch.arange(longest, device=layout.index.device)
         inside = place < layout.length.unsqueeze(-1)
-        tokens = layout.token[layout.index]
-        output = body(input_ids=tokens, attention_mask=inside.long(), use_cache=False)
+        self._recompute(True)
+        try:
+            output = body(input_ids=layout.token[layout.index], attention_mask=inside.long(), use_cache=False)
+        finally:
+            self._recompute(False)
         flat = output.last_hidden_state.reshape(rows * longest, -1)
         return flat.index_select(0, layout.back[wanted])
+
+    def _recompute(self, on: bool) -> None:
+        """Only here, never while tokens are generated; the layer's flag, not that of the dropout within it."""
+        for layer in self._recomputed:
+            layer.gradient_checkpointing, layer.training = on, on
+
+
+def _checkpointed_layers(model: nn.Module) -> list[Any]:
+    """Layers of transformers that can be computed again, told how."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__} cannot compute activations again: set checkpoint_activations to False"
+        )
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    return layers
 
 
 def causal_model(model: nn.Module) -> Any:
