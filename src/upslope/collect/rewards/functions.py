@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from upslope.errors import UsageError
 
-_NUMBER: Final = re.compile(r"(?:(?<![\w.)])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
+_DIGITS: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_NUMBER: Final = re.compile(rf"(?:(?<![\w.)])[-−])?\$?(?:{_DIGITS})")
 _MARKER: Final = "####"
 
 
@@ -61,7 +62,7 @@ def number_of(text: str) -> Decimal | None:
     found = _NUMBER.findall(after)
     if not found:
         return None
-    return Decimal((found[0] if mark else found[-1]).replace(",", "").replace("$", ""))
+    return Decimal((found[0] if mark else found[-1]).replace(",", "").replace("$", "").replace("−", "-"))
 
 
 def math_verify(completions: Sequence[str], answer: Sequence[Any]) -> list[float | None]:
@@ -84,6 +85,12 @@ def math_verify(completions: Sequence[str], answer: Sequence[Any]) -> list[float
         None if expected is None else _equal(_expected_expressions(str(expected)), _expressions(text))
         for text, expected in zip(completions, answer, strict=True)
     ]
+
+
+def warm_up(function: Any) -> None:
+    """Let a built-in function do now what its first call would wait for; the pool's deadline begins after it."""
+    if function is math_verify:
+        math_verify(["1"], ["1"])
 
 
 def _expressions(text: str) -> list[Any]:

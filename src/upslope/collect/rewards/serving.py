@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from upslope.collect.rewards import processes
 from upslope.collect.rewards.calling import Accepted, CallError, call, describe, seed_from
+from upslope.collect.rewards.functions import warm_up
 from upslope.collect.rewards.http import HttpReward
 from upslope.collect.rewards.protocol import Failed, NotApplicable, Outcome
 from upslope.user_code import function_from_file
@@ -71,6 +72,7 @@ def _load(message: Mapping[str, Any], functions: _Functions) -> dict[str, Any]:
     try:
         function = _find(message["function"], message["seconds"])
         accepted = Accepted.of(function)
+        warm_up(function)
     except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a user's file raises)
         return {"kind": "refused", "reason": describe(error)}
     functions[message["name"]] = function, accepted
