@@ -17,7 +17,7 @@ from upslope.options import as_recorded, configure, whole_number
 from upslope.recipes import RECIPES, load_recipe
 from upslope.train import Run
 from upslope.train.config_file import config_to_tree
-from upslope.train.session import Session
+from upslope.train.control import ControlSession
 
 OWN_RECIPE = '''
 from dataclasses import dataclass
@@ -160,7 +160,7 @@ def test_what_python_or_a_library_below_raises_keeps_its_traceback(here: Path, m
         with pytest.raises(type(error)):
             main(["train", "cartpole-ppo"])
     monkeypatch.setattr("upslope.recipes.load_recipe", load_recipe)
-    monkeypatch.setattr(Session, "advance", lambda session: float("no number"))
+    monkeypatch.setattr(ControlSession, "advance", lambda session: float("no number"))
     with pytest.raises(ValueError, match="could not convert"):
         main(["train", "cartpole-ppo", *SMALL])
 

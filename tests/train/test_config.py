@@ -9,13 +9,13 @@ from upslope.collect import EnvironmentConfig
 from upslope.policies import ActorCriticConfig
 from upslope.train import OptimizerConfig, RolloutConfig, Run
 
-UNKNOWN: Any = "adamw"
+UNKNOWN: Any = "adagrad"
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"algorithm": Reinforce(psi=UNKNOWN)}, r"Reinforce\.psi must be one of 'total_reward', .*, got 'adamw'"),
+        ({"algorithm": Reinforce(psi=UNKNOWN)}, r"Reinforce\.psi must be one of 'total_reward', .*, got 'adagrad'"),
         ({"algorithm": PPO(kl_stop=UNKNOWN)}, r"PPO\.kl_stop must be one of 'before_step', 'after_epoch'"),
         ({"optimizer": OptimizerConfig(kind=UNKNOWN)}, r"OptimizerConfig\.kind must be one of 'adam'"),
         ({"optimizer": OptimizerConfig(schedule=UNKNOWN)}, r"OptimizerConfig\.schedule must be one of"),

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from upslope.diagnostics import Verdict
+from upslope.train.control import FIGURES
 from upslope.train.log import MetricsLog, read_metrics
 from upslope.train.progress import ProgressDisplay
 
@@ -24,7 +25,7 @@ def written(console: Console) -> str:
 
 def test_elsewhere_than_on_a_terminal_a_warning_is_said_once() -> None:
     console = Console(file=io.StringIO(), width=120)
-    with ProgressDisplay(100, enabled=True, title="t", console=console) as display:
+    with ProgressDisplay(100, figures=FIGURES, enabled=True, title="t", console=console) as display:
         for found in ([HINT], [JUMPS], [JUMPS], [JUMPS, CRITIC], [], [CRITIC, JUMPS]):
             display.judge(found)
     lines = written(console).splitlines()
@@ -38,7 +39,9 @@ def test_elsewhere_than_on_a_terminal_a_warning_is_said_once() -> None:
 def test_on_a_terminal_the_warning_is_one_line_that_goes_again(width: int) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
     now = [0.0]
-    with ProgressDisplay(100, enabled=True, title="t", console=console, clock=lambda: now[0]) as display:
+    with ProgressDisplay(
+        100, figures=FIGURES, enabled=True, title="t", console=console, clock=lambda: now[0]
+    ) as display:
         display.judge([CRITIC])
         display.update(10, {})
         shown = written(console)

@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+from upslope.train.control import FIGURES
 from upslope.train.progress import ProgressDisplay
 
 
@@ -37,7 +38,9 @@ METRICS = {"episode_return": 123.45, "kl": 0.0123, "entropy": 0.5, "explained_va
 
 def test_a_pipe_gets_a_line_now_and_then_and_one_at_the_end() -> None:
     clock, console = Clock(), pipe()
-    with ProgressDisplay(1000, enabled=True, title="cartpole-ppo", console=console, clock=clock) as display:
+    with ProgressDisplay(
+        1000, figures=FIGURES, enabled=True, title="cartpole-ppo", console=console, clock=clock
+    ) as display:
         for second in range(1, 26):
             clock.now += 1
             display.update(40 * second, METRICS)
@@ -56,7 +59,7 @@ def test_a_pipe_gets_a_line_now_and_then_and_one_at_the_end() -> None:
 
 def test_the_speed_is_that_of_the_last_seconds() -> None:
     clock, console = Clock(), pipe()
-    with ProgressDisplay(10**6, enabled=True, title="t", console=console, clock=clock) as display:
+    with ProgressDisplay(10**6, figures=FIGURES, enabled=True, title="t", console=console, clock=clock) as display:
         for second in range(1, 10):
             clock.now += 1
             display.update(1000 * second, {})
@@ -68,7 +71,7 @@ def test_the_speed_is_that_of_the_last_seconds() -> None:
 
 def test_a_resumed_run_does_not_count_the_earlier_session_as_speed() -> None:
     clock, console = Clock(), pipe()
-    with ProgressDisplay(200_000, enabled=True, title="t", console=console, clock=clock) as display:
+    with ProgressDisplay(200_000, figures=FIGURES, enabled=True, title="t", console=console, clock=clock) as display:
         for second in range(1, 12):
             clock.now += 1
             display.update(100_000 + 100 * second, {})
@@ -77,7 +80,9 @@ def test_a_resumed_run_does_not_count_the_earlier_session_as_speed() -> None:
 
 def test_a_terminal_shows_the_named_figures_and_a_dash_for_what_is_missing() -> None:
     clock, console = Clock(), terminal()
-    with ProgressDisplay(1000, enabled=True, title="cartpole-ppo", console=console, clock=clock) as display:
+    with ProgressDisplay(
+        1000, figures=FIGURES, enabled=True, title="cartpole-ppo", console=console, clock=clock
+    ) as display:
         clock.now += 1
         display.update(250, {**METRICS, "explained_variance": math.nan, "steps_per_second": 5000.0})
     shown = [line.split() for line in text_of(console).splitlines()[-6:]]
@@ -89,7 +94,7 @@ def test_a_terminal_shows_the_named_figures_and_a_dash_for_what_is_missing() -> 
 
 def test_updates_in_quick_succession_draw_nothing() -> None:
     clock, console = Clock(), terminal()
-    with ProgressDisplay(10**6, enabled=True, title="t", console=console, clock=clock) as display:
+    with ProgressDisplay(10**6, figures=FIGURES, enabled=True, title="t", console=console, clock=clock) as display:
         clock.now += 1
         display.update(1, METRICS)
         before = text_of(console)
@@ -105,7 +110,9 @@ def test_updates_in_quick_succession_draw_nothing() -> None:
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     clock, console = Clock(), terminal(width)
-    with ProgressDisplay(10**8, enabled=True, title="bipedalwalker-ppo", console=console, clock=clock) as display:
+    with ProgressDisplay(
+        10**8, figures=FIGURES, enabled=True, title="bipedalwalker-ppo", console=console, clock=clock
+    ) as display:
         clock.now += 1
         display.update(10**7, {**METRICS, "learning_rate": 3e-4, "value_loss": 123456.0, "policy_loss": -0.01234})
     lines = text_of(console).replace("\r", "\n").split("\n")
@@ -118,7 +125,7 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
 
 def test_messages_are_printed_as_they_are() -> None:
     console = pipe()
-    with ProgressDisplay(10, enabled=True, title="t", console=console) as display:
+    with ProgressDisplay(10, figures=FIGURES, enabled=True, title="t", console=console) as display:
         display.message("saved [bold]runs/x[/bold]")
     assert text_of(console) == "saved [bold]runs/x[/bold]\n"
 
@@ -126,7 +133,7 @@ def test_messages_are_printed_as_they_are() -> None:
 @pytest.mark.parametrize("console", [pipe(), terminal()])
 def test_disabled_says_nothing(console: Console) -> None:
     clock = Clock()
-    with ProgressDisplay(10, enabled=False, title="t", console=console, clock=clock) as display:
+    with ProgressDisplay(10, figures=FIGURES, enabled=False, title="t", console=console, clock=clock) as display:
         clock.now += 100
         display.update(10, METRICS)
         display.message("hello")
@@ -135,7 +142,7 @@ def test_disabled_says_nothing(console: Console) -> None:
 
 def test_an_error_inside_gives_the_terminal_back() -> None:
     console = terminal()
-    display = ProgressDisplay(10, enabled=True, title="t", console=console)
+    display = ProgressDisplay(10, figures=FIGURES, enabled=True, title="t", console=console)
 
     def run() -> None:
         with display:

@@ -11,6 +11,7 @@ from upslope.train.evaluate import evaluate_run as evaluate_run
 from upslope.train.loop import Result as Result
 from upslope.train.loop import Snapshot as Snapshot
 from upslope.train.saving import load as load
+from upslope.train.saving import load_language as load_language
 from upslope.train.saving import save as save
 from upslope.train.start import resume as resume
 from upslope.train.start import train as train

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Literal, TypeAlias, get_args
 
 from upslope.algorithms import A2C, PPO, OneStepActorCritic, Reinforce
 from upslope.algorithms.protocol import ScheduleName
 from upslope.collect import EnvironmentConfig
 from upslope.policies import ActorCriticConfig
+from upslope.train.settings import at_least, check_choices, check_gamma, check_numbers, check_threads
 
 AlgorithmConfig: TypeAlias = PPO | A2C | OneStepActorCritic | Reinforce
 """The algorithms a configuration file may name. A new algorithm is one file and its name in this line."""
-
-_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,16 +37,18 @@ class RolloutConfig:
 class OptimizerConfig:
     """The optimiser, its learning rate over the run, and gradient clipping."""
 
-    kind: Literal["adam", "rmsprop", "sgd"] = "adam"
-    """Which optimiser."""
+    kind: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
+    """Which optimiser; adamw is adam with weight decay."""
     learning_rate: float = 3e-4
     """At the start of the run."""
     schedule: ScheduleName = "constant"
     """How the learning rate moves over the run."""
     epsilon: float = 1e-5
-    """Added to the denominator by adam and rmsprop (PyTorch's own default would be 1e-8)."""
+    """Added to the denominator by adam, adamw and rmsprop (PyTorch's own default would be 1e-8)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
+    weight_decay: float = 0.0
+    """Of adamw: each step first multiplies every parameter by 1 - learning_rate * weight_decay."""
     decay: float = 0.99
     """RMSprop's decay rate of the squared gradient."""
     momentum: float = 0.0
@@ -62,8 +62,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that have no meaning."""
-        _at_least(0, learning_rate=self.learning_rate, epsilon=self.epsilon, momentum=self.momentum)
-        _at_least(1, micro_batches=self.micro_batches, max_skipped=self.max_skipped)
+        at_least(0, learning_rate=self.learning_rate, epsilon=self.epsilon, momentum=self.momentum)
+        at_least(0, weight_decay=self.weight_decay)
+        if self.weight_decay and self.kind != "adamw":
+            raise ValueError(f"weight_decay is adamw's: set kind to 'adamw', or weight_decay to 0 with {self.kind!r}")
+        at_least(1, micro_batches=self.micro_batches, max_skipped=self.max_skipped)
         if self.max_gradient_norm is not None and not self.max_gradient_norm > 0.0:
             raise ValueError(
                 f"max_gradient_norm must be positive, or None for no clipping; got {self.max_gradient_norm}"
@@ -87,8 +90,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that have no meaning."""
-        _at_least(0, times=self.times, final_episodes=self.final_episodes)
-        _at_least(1, episodes=self.episodes, environments=self.environments)
+        at_least(0, times=self.times, final_episodes=self.final_episodes)
+        at_least(1, episodes=self.episodes, environments=self.environments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +105,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that have no meaning."""
-        _at_least(0, times=self.times)
-        _at_least(1, keep=self.keep)
+        at_least(0, times=self.times)
+        at_least(1, keep=self.keep)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,17 +162,15 @@ class Run:
 
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
-        _at_least(1, steps=self.steps, threads=self.threads)
-        _at_least(0, seed=self.seed, every_steps=self.log.every_steps, diagnose_every=self.log.diagnose_every)
-        if self.threads > _MOST_THREADS:
-            raise ValueError(f"threads must be at most {_MOST_THREADS}, got {self.threads}; small networks want 1")
-        if not 0.0 <= self.algorithm.gamma <= 1.0:
-            raise ValueError(f"gamma is a discount factor from 0 to 1, got {self.algorithm.gamma}")
-        _check_numbers(self.algorithm)
-        _check_numbers(self.optimizer)
+        at_least(1, steps=self.steps)
+        check_threads(self.threads)
+        at_least(0, seed=self.seed, every_steps=self.log.every_steps, diagnose_every=self.log.diagnose_every)
+        check_gamma(self.algorithm.gamma)
+        check_numbers(self.algorithm)
+        check_numbers(self.optimizer)
         own = (self.algorithm,) if type(self.algorithm) in get_args(AlgorithmConfig) else ()
         for part in (self.environment, self.policy, self.optimizer, *own):
-            _check_choices(part)
+            check_choices(part)
         if self.algorithm.passes.whole_episodes and self.rollout.episodes is None:
             raise ValueError(
                 f"{type(self.algorithm).__name__} needs whole episodes: set rollout.episodes (16, say) and "
@@ -179,28 +180,3 @@ class Run:
             raise ValueError(f"{type(self.algorithm).__name__} needs a critic: set policy.critic to True")
         if self.policy.normalize_reward and self.rollout.steps is None:
             raise ValueError("normalize_reward follows each environment step by step: set rollout.steps, not episodes")
-
-
-def _check_numbers(settings: Any) -> None:
-    """Refuse NaN, infinity, and a lambda outside 0 to 1."""
-    for entry in fields(settings):
-        value = getattr(settings, entry.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{type(settings).__name__}.{entry.name} must be a finite number, got {value}")
-        if entry.name == "gae_lambda" and not 0.0 <= value <= 1.0:
-            raise ValueError(f"gae_lambda lies between 0 and 1, got {value}")
-
-
-def _check_choices(settings: Any) -> None:
-    """Refuse a word that is none of those a setting may be."""
-    for name, kind in get_type_hints(type(settings)).items():
-        chosen = getattr(settings, name)
-        if get_origin(kind) is Literal and chosen not in get_args(kind):
-            choices = ", ".join(map(repr, get_args(kind)))
-            raise ValueError(f"{type(settings).__name__}.{name} must be one of {choices}, got {chosen!r}")
-
-
-def _at_least(least: int, **settings: float) -> None:
-    for name, value in settings.items():
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,6 +1,6 @@
 """Configurations as files: plain JSON in, the same frozen dataclasses out, and no code run on the way.
 
-Only the dataclasses that a `Run` is made of can be named in a file. A run whose recipe uses classes of the user's
+Only the dataclasses that a `Run` or a `LanguageRun` is made of can be named in a file. A run whose recipe uses classes of the user's
 own is resumed with that recipe given again.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from upslope.collect import EnvironmentConfig
 from upslope.train.config import EvaluationConfig, Run
+from upslope.train.language.config import LanguageRun
 from upslope.typed_tree import TreeError, UnknownClassError, read_value
 
 
@@ -29,16 +30,17 @@ def config_to_tree(config: Any) -> dict[str, Any]:
     }
 
 
-def run_from_tree(tree: Mapping[str, Any]) -> Run:
-    """The inverse of `config_to_tree` for a `Run`.
+def run_from_tree(tree: Any) -> Run | LanguageRun:
+    """The inverse of `config_to_tree` for a run of either kind, which the class recorded in it tells.
 
     Raises:
         ConfigError: naming the field that is unknown, missing or of the wrong type.
     """
-    return _read(Run, tree, "run")
+    speaks = isinstance(tree, Mapping) and tree.get("class") == LanguageRun.__name__
+    return _read(LanguageRun if speaks else Run, tree, "run")
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> Run | LanguageRun:
     """The configuration of a run directory.
 
     Raises:
@@ -75,6 +77,16 @@ def recorded_estimator(directory: Path) -> dict[str, str]:
     """
     record = _record(directory)
     return _read(dict[str, str], record.get("estimator"), "estimator")
+
+
+def recorded_frozen(directory: Path) -> dict[str, str]:
+    """The content hashes of the frozen policies of a language model's run, by name.
+
+    Raises:
+        ConfigError: if there is none that can be read.
+    """
+    record = _record(directory)
+    return _read(dict[str, str], record.get("frozen"), "frozen")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

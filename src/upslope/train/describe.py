@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 
 from upslope.train.config import Run
+from upslope.train.language.config import LanguageRun
+from upslope.train.language.describe import describe_language_run
 
 
-def describe_run(run: Run) -> dict[str, str]:
+def describe_run(run: Run | LanguageRun) -> dict[str, str]:
     """What `describe()` of the algorithm says, and a row for each other setting that changes the estimate.
 
     Args:
         run: the configuration.
     """
+    if isinstance(run, LanguageRun):
+        return describe_language_run(run)
     rows = dict(run.algorithm.describe())
     if run.environment.truncation == "as_termination":
         rows["time limits"] = "counted as terminations: no value beyond them, which is biased (for comparison only)"

@@ -15,6 +15,7 @@ from upslope.collect.vector import VectorEnvironment
 from upslope.errors import UsageError, checking_usage
 from upslope.policies import ActorCritic
 from upslope.spaces import Box, Composite, Leaf, Space
+from upslope.train.config import EvaluationConfig
 from upslope.train.config_file import read_evaluation
 from upslope.train.given import check_recorded, split_source
 from upslope.train.problems import evaluation_environments_of
@@ -29,6 +30,11 @@ class EvaluationReport:
     deterministic_lengths: np.ndarray
     stochastic_returns: np.ndarray
     stochastic_lengths: np.ndarray
+
+    @property
+    def score(self) -> float:
+        """The mean return of the mode."""
+        return float(self.deterministic_returns.mean())
 
     def record(self) -> dict[str, float | int]:
         """Means and spreads over episodes, as metrics.jsonl keeps them."""
@@ -47,38 +53,51 @@ class Evaluator:
 
     Args:
         environment: as in training, but always stepped in this process.
-        environments: how many side by side.
+        settings: how many episodes, and environments side by side.
         seed: of the run; evaluation draws from streams of its own and never disturbs training.
         source: an object in place of the id: a function that makes an environment, an environment, or a VectorEnv;
             closed with the evaluator.
     """
 
     def __init__(
-        self, environment: EnvironmentConfig, *, environments: int, seed: int, source: Source | None = None
+        self, environment: EnvironmentConfig, settings: EvaluationConfig, *, seed: int, source: Source | None = None
     ) -> None:
+        episodes = min(settings.episodes, settings.final_episodes or settings.episodes)
         alone = source is not None and not isinstance(source, Callable)
         self._config = replace(
             environment,
-            count=1 if alone else environments,
+            count=1 if alone else min(settings.environments, episodes),
             vectorization="sync",
             resume="rebuild",
             truncation="bootstrap",
         )
+        self._settings = settings
         self._seed = seed
         self._source = source
         self._environments: VectorEnvironment | None = None
 
-    def evaluate(self, policy: ActorCritic, *, episodes: int, index: int) -> EvaluationReport:
-        """Both ways to act, each on the same starts.
+    @property
+    def first(self) -> bool:
+        """An agent is not judged before it has learnt anything."""
+        return False
+
+    @property
+    def last(self) -> bool:
+        """Whether it is judged at the end."""
+        return self._settings.final_episodes > 0
+
+    def evaluate(self, policy: ActorCritic, *, index: int, final: bool) -> EvaluationReport:
+        """Both ways to act, each on the same starts; at least as many episodes as there are environments.
 
         Args:
             policy: judged with its normalisers as they stand.
-            episodes: for each way to act; at least as many as there are environments are played.
             index: which evaluation of the run this is; decides the starts.
+            final: whether it is the one at the end, which may have another number of episodes.
 
         Raises:
             UsageError: if the policy cannot see or act in these environments.
         """
+        episodes = self._settings.final_episodes if final else self._settings.episodes
         environments = self._environments
         if environments is None:
             with checking_usage():
@@ -162,8 +181,9 @@ def evaluate_run(
     environment, source = split_source(environments, recorded)
     with checking_usage():
         policy = load(directory / ("best" if best else "policy"), encoder=encoder)
-    evaluator = Evaluator(environment, environments=min(episodes, settings.environments), seed=seed, source=source)
+    settings = replace(settings, episodes=episodes, final_episodes=episodes)
+    evaluator = Evaluator(environment, settings, seed=seed, source=source)
     try:
-        return evaluator.evaluate(policy, episodes=episodes, index=0)
+        return evaluator.evaluate(policy, index=0, final=True)
     finally:
         evaluator.close()

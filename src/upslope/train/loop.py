@@ -13,31 +13,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from upslope.collect import EnvironmentFailureError, NonFiniteError
-from upslope.policies import ActorCritic
 from upslope.train.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
 from upslope.train.config_file import recorded_run
-from upslope.train.evaluate import EvaluationReport, Evaluator
-from upslope.train.given import environment_again
 from upslope.train.log import MetricsLog
 from upslope.train.progress import ProgressDisplay
 from upslope.train.run_directory import RunDirectory
-from upslope.train.saving import save
-from upslope.train.session import ResumeError, Session
+from upslope.train.session import Evaluator, Report, ResumeError, Session
 
 _FAILED_SAVES = 3
 _SHOW_CURSOR = b"\x1b[?25h"
 _logger = logging.getLogger(__name__)
 
+PolicyKind = TypeVar("PolicyKind")
+ReportKind = TypeVar("ReportKind", bound=Report)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshot:
+class Snapshot(Generic[PolicyKind, ReportKind]):
     """What a callback sees after every update. Read it, do not write on it.
 
     Attributes:
-        update, steps, episodes: counted from the start of the run.
+        update, steps, episodes: counted from the start of the run; of a language model, updates twice and sequences.
         metrics: of this update.
         policy: as it now stands.
         evaluation: if one was made after this update.
@@ -47,31 +45,31 @@ class Snapshot:
     steps: int
     episodes: int
     metrics: dict[str, float]
-    policy: ActorCritic
-    evaluation: EvaluationReport | None
+    policy: PolicyKind
+    evaluation: ReportKind | None
 
 
-Callback = Callable[[Snapshot], bool | None]
+Callback = Callable[[Snapshot[Any, Any]], bool | None]
 """Called after every update; returning True ends the run, which is then saved and evaluated as at its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
+class Result(Generic[PolicyKind, ReportKind]):
     """What a run made.
 
     Attributes:
         directory: the run directory.
         policy: as it stands at the end.
-        steps: environment steps taken.
+        steps: how far the run came, in what its `steps` counts: environment steps, or updates of a language model.
         interrupted: a signal ended the run early; `upslope resume` goes on.
         evaluation: at the end, None if interrupted.
     """
 
     directory: Path
-    policy: ActorCritic
+    policy: PolicyKind
     steps: int
     interrupted: bool
-    evaluation: EvaluationReport | None
+    evaluation: ReportKind | None
 
 
 class Training:
@@ -95,7 +93,9 @@ class Training:
         self.failed_saves = 0
         self.damaged: set[Path] = set()
         self.evaluator = evaluator
-        self.display = ProgressDisplay(run.steps, enabled=run.log.progress, title=directory.name)
+        self.display = ProgressDisplay(
+            run.steps, figures=session.figures, enabled=run.log.progress, title=directory.name
+        )
         for note in notes:
             self.display.message(note)
         cursor = self._restore() if resumed else None
@@ -105,6 +105,8 @@ class Training:
             wandb=run.log.wandb_project if run.log.wandb else None,
             resume_at=cursor,
         )
+        session.open(directory, self.display.message, resumed=resumed)
+        self.fresh = not cursor
         self.pending: list[dict[str, float]] = []
         self.logged_steps = session.steps
 
@@ -135,8 +137,7 @@ class Training:
         return found.state["log"]
 
     def _resume_command(self) -> str:
-        environment = environment_again(self.session.run.environment)
-        return shlex.join(["upslope", "resume", str(self.directory.path), *environment])
+        return shlex.join(self.session.resume_command(self.directory.path))
 
     def _tell(self, text: str) -> None:
         """Say what must not go unnoticed, display or not."""
@@ -145,18 +146,20 @@ class Training:
         else:
             _logger.warning("%s", text)
 
-    def finish(self) -> Result:
+    def finish(self) -> Result[Any, Any]:
         """Train until the end, a callback's wish or a signal; save; evaluate."""
         session, run = self.session, self.session.run
         with self.log, self.display, _signals() as stop:
             try:
                 wished, complete = False, session.steps >= run.steps
+                if self.evaluator.first and self.fresh:
+                    self._evaluate(final=False)
                 while session.steps < run.steps and not stop.is_set() and not wished:
                     wished = self._update()
                 interrupted = stop.is_set() and session.steps < run.steps and not wished
                 evaluation = None
-                if not interrupted and run.evaluation.final_episodes:
-                    evaluation = self._evaluate(run.evaluation.final_episodes, final=True, known=complete)
+                if not interrupted and self.evaluator.last:
+                    evaluation = self._evaluate(final=True, known=complete)
                 self._save(scheduled=False)
             finally:
                 self.evaluator.close()
@@ -173,8 +176,8 @@ class Training:
         before = session.steps
         try:
             metrics = session.advance()
-        except (EnvironmentFailureError, NonFiniteError) as error:
-            self._rescue(error, with_environments=False)
+        except session.failures as error:
+            self._rescue(error, collector=False)
             raise
         self.pending.append(metrics)
         if session.steps - self.logged_steps >= run.log.every_steps:
@@ -182,13 +185,13 @@ class Training:
         self.display.update(session.steps, metrics)
         evaluation = None
         if _crossed(before, session.steps, run.steps, run.evaluation.times) and session.steps < run.steps:
-            evaluation = self._evaluate(run.evaluation.episodes, final=False)
+            evaluation = self._evaluate(final=False)
         wished = self._call_back(metrics, evaluation)
         if _crossed(before, session.steps, run.steps, run.checkpoint.times) and session.steps < run.steps:
             self._save(scheduled=True)
         return wished
 
-    def _call_back(self, metrics: dict[str, float], evaluation: EvaluationReport | None) -> bool:
+    def _call_back(self, metrics: dict[str, float], evaluation: Report | None) -> bool:
         session = self.session
         snapshot = Snapshot(
             update=session.update,
@@ -215,30 +218,30 @@ class Training:
         seconds = sum(metrics["collect_seconds"] + metrics["learn_seconds"] for metrics in self.pending)
         record["steps_per_second"] = (session.steps - self.logged_steps) / max(seconds, 1e-9)
         self._write_record(record)
+        session.logged()
         self.display.judge(self.log.verdicts())
         self.pending, self.logged_steps = [], session.steps
 
-    def _evaluate(self, episodes: int, *, final: bool, known: bool = False) -> EvaluationReport:
+    def _evaluate(self, *, final: bool, known: bool = False) -> Report:
         """Evaluate and record it, unless it is known since the run had come to its end before it was resumed."""
         session = self.session
         try:
-            report = self.evaluator.evaluate(session.policy, episodes=episodes, index=session.update)
-        except (EnvironmentFailureError, NonFiniteError) as error:
-            self._rescue(error, with_environments=True)
+            report = self.evaluator.evaluate(session.policy, index=session.update, final=final)
+        except session.failures as error:
+            self._rescue(error, collector=True)
             raise
         if known:
             return report
         self._log_training()
         record = {"kind": "evaluation", "update": session.update, **report.record(), "final": final}
         self._write_record(record)
-        mean = float(report.deterministic_returns.mean())
-        if mean >= self.best:
+        if report.score >= self.best:
             try:
-                save(session.policy, self.directory.best)
+                session.save_policy(self.directory.best)
             except CheckpointError as error:
                 self._tell(f"the best policy so far was not saved, training goes on: {error}")
             else:
-                self.best = mean
+                self.best = report.score
         return report
 
     def _write_record(self, record: dict[str, Any]) -> None:
@@ -250,7 +253,7 @@ class Training:
     def _save(self, *, scheduled: bool) -> None:
         self._log_training()
         try:
-            self._write(with_environments=True)
+            self._write(collector=True)
         except (CheckpointError, OSError) as error:
             self.failed_saves += 1
             if not scheduled or self.failed_saves >= _FAILED_SAVES:
@@ -260,23 +263,23 @@ class Training:
         else:
             self.failed_saves = 0
 
-    def _write(self, *, with_environments: bool) -> None:
+    def _write(self, *, collector: bool) -> None:
         session = self.session
         tree = {
-            "session": session.state(with_environments=with_environments),
+            "session": session.state(collector=collector),
             "best": self.best,
             "log": self.log.cursor(),
         }
         keep = session.run.checkpoint.keep
         written = save_checkpoint(self.directory.checkpoints, session.steps, tree, keep=keep, uncounted=self.damaged)
         self.damaged.discard(written)
-        save(session.policy, self.directory.policy)
+        session.save_policy(self.directory.policy)
 
-    def _rescue(self, error: Exception, *, with_environments: bool) -> None:
+    def _rescue(self, error: Exception, *, collector: bool) -> None:
         """An environment failed: what was learnt is saved; those it was learnt in, if they failed, are made anew."""
         try:
             self._log_training()
-            self._write(with_environments=with_environments)
+            self._write(collector=collector)
         except (CheckpointError, OSError) as failure:
             error.add_note(f"What was learnt since the last checkpoint could not be saved: {failure}")
         else:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,15 +22,25 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class FolderKind:
-    """What a sealed folder is called in its manifest, and the names of the files it holds."""
+    """What a sealed folder is called in its manifest, and the names of the files it holds.
+
+    Attributes:
+        format: its name.
+        files: what it always holds.
+        more: what all other names look like that it may hold; None for none.
+    """
 
     format: str
     files: frozenset[str]
+    more: re.Pattern[str] | None = None
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Every name that may stand in the folder."""
-        return self.files | {MANIFEST}
+    def may_hold(self, name: str) -> bool:
+        """Whether a file of this name may stand in the folder."""
+        return name == MANIFEST or name in self.files or (self.more is not None and bool(self.more.fullmatch(name)))
+
+    def holds(self, names: Collection[str]) -> bool:
+        """Whether these are the names of such a folder's files, without its manifest."""
+        return MANIFEST not in names and self.files <= set(names) and all(map(self.may_hold, names))
 
 
 def damaged(path: Path, fault: str) -> CheckpointError:
@@ -119,8 +130,10 @@ def read_manifest(raw: bytes, path: Path, kind: FolderKind) -> dict[str, Any]:
     step, files = content["step"], content["files"]
     if version != FORMAT_VERSION or not (step is None or (type(step) is int and step >= 0)):
         raise damaged(path, f"has format {version!r} and step {step!r}, which no upslope writes")
-    if not isinstance(files, dict) or set(files) != kind.files:
-        raise damaged(path, f"lists other files than {', '.join(sorted(kind.files))}")
+    if not isinstance(files, dict) or not kind.holds(files):
+        raise damaged(
+            path, f"lists other files than {', '.join(sorted(kind.files))}{'' if kind.more is None else ' ...'}"
+        )
     for name, entry in files.items():
         if not (isinstance(entry, list) and [type(part) for part in entry] == [int, str] and entry[0] >= 0):
             raise damaged(path, f"does not give the size and the SHA-256 of {name}")

@@ -18,7 +18,7 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class FlatOptimizer:
-    """Adam, RMSprop or SGD of `torch.optim` over the flattened parameters of a module.
+    """Adam, AdamW, RMSprop or SGD of `torch.optim` over the flattened parameters of a module.
 
     The parameters of the module are re-pointed into the flat buffer, which must not be undone afterwards (by moving
     the module to another device, say).
@@ -106,6 +106,15 @@ class FlatOptimizer:
 def _build(flat: nn.Parameter, config: OptimizerConfig) -> torch.optim.Optimizer:
     if config.kind == "adam":
         return torch.optim.Adam([flat], lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+    if config.kind == "adamw":
+        return torch.optim.AdamW(
+            [flat],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
     if config.kind == "rmsprop":
         return torch.optim.RMSprop([flat], lr=config.learning_rate, alpha=config.decay, eps=config.epsilon)
     return torch.optim.SGD([flat], lr=config.learning_rate, momentum=config.momentum)

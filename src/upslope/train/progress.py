@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from upslope.diagnostics import Verdict
+from upslope.train.session import Figures
 
 _DRAW_EVERY = 0.2
 """Seconds between two pictures on a terminal."""
@@ -23,20 +24,6 @@ _SPEAK_EVERY = 10.0
 """Seconds between two lines elsewhere."""
 _SPEED_OVER = 5.0
 """Seconds over which the speed is taken."""
-
-_SHOWN = (
-    ("return", "episode_return", "{:.1f}"),
-    ("length", "episode_length", "{:.1f}"),
-    ("KL", "kl", "{:.4f}"),
-    ("entropy", "entropy", "{:.3f}"),
-    ("explained variance", "explained_variance", "{:.2f}"),
-    ("clipped", "clip_fraction", "{:.1%}"),
-    ("policy loss", "policy_loss", "{:.4f}"),
-    ("value loss", "value_loss", "{:.4g}"),
-    ("learning rate", "learning_rate", "{:.2g}"),
-)
-"""Heading, metric and format, in the order they are shown."""
-_SPOKEN = ("episode_return", "kl", "entropy", "explained_variance")
 
 
 class ProgressDisplay:
@@ -46,7 +33,8 @@ class ProgressDisplay:
     draws: what is shown changes only inside `update`, `message` and at the end.
 
     Args:
-        total_steps: environment steps of the whole run.
+        total_steps: of the whole run, in `figures.unit`.
+        figures: what is shown of an update.
         enabled: False shows nothing at all, messages included.
         title: what runs.
         console: where to show it; standard error unless given.
@@ -57,12 +45,14 @@ class ProgressDisplay:
         self,
         total_steps: int,
         *,
+        figures: Figures,
         enabled: bool,
         title: str,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = max(total_steps, 1)
+        self._figures = figures
         self._title = title
         self._enabled = enabled
         self._console = Console(stderr=True) if console is None else console
@@ -101,7 +91,7 @@ class ProgressDisplay:
         """Say where the run is.
 
         Args:
-            steps: environment steps so far, those of an earlier session included.
+            steps: so far, those of an earlier session included.
             metrics: the newest figures under the names of metrics.jsonl; any may be missing.
         """
         if not self._enabled:
@@ -163,7 +153,8 @@ class ProgressDisplay:
     @property
     def _pace(self) -> str:
         speed = self._speed
-        return f"{'-' if speed is None else f'{speed:,.0f}'} steps/s"
+        text = "-" if speed is None else f"{speed:,.0f}" if speed >= 10.0 else f"{speed:.2g}"
+        return f"{text} {self._figures.unit}/s"
 
     @property
     def _share(self) -> float:
@@ -171,8 +162,9 @@ class ProgressDisplay:
 
     def _speak(self) -> None:
         """One line of plain text."""
-        figures = [f"{heading} {self._figure(name, form)}" for heading, name, form in _SHOWN if name in _SPOKEN]
-        where = f"{self._title}: {self._steps:,} of {self._total:,} steps ({self._share:.0%})"
+        shown, spoken = self._figures.shown, self._figures.spoken
+        figures = [f"{heading} {self._figure(name, form)}" for heading, name, form in shown if name in spoken]
+        where = f"{self._title}: {self._steps:,} of {self._total:,} {self._figures.unit} ({self._share:.0%})"
         line = "  ".join([where, self._pace, *figures, self._times()])
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -183,7 +175,7 @@ class ProgressDisplay:
     def _render(self) -> RenderableType:
         """Title, bar and speed; the figures; the time."""
         width = self._console.width
-        count = f"{self._steps:,} of {self._total:,} steps"
+        count = f"{self._steps:,} of {self._total:,} {self._figures.unit}"
         taken = len(self._title) + len(count) + len(self._pace) + len("100%") + 4
         head = Table.grid(padding=(0, 1))
         head.add_row(
@@ -203,7 +195,7 @@ class ProgressDisplay:
         for _ in range(columns):
             figures.add_column(style="dim", no_wrap=True)
             figures.add_column(justify="right", min_width=8, no_wrap=True)
-        cells = [(heading, self._figure(name, form)) for heading, name, form in _SHOWN]
+        cells = [(heading, self._figure(name, form)) for heading, name, form in self._figures.shown]
         for start in range(0, len(cells), columns):
             figures.add_row(*[text for cell in cells[start : start + columns] for text in cell])
         lines: list[RenderableType] = [head, figures, Text(self._times(), style="dim")]

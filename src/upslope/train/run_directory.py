@@ -34,6 +34,16 @@ class RunDirectory:
     | `checkpoints`       | directory of checkpoints                                    |
     | `policy`, `best`    | policy folders: the latest, and the best in evaluation      |
     | `tensorboard`       | event files                                                 |
+
+    and of a language model:
+
+    | path                | what                                                        |
+    |---------------------|-------------------------------------------------------------|
+    | `start`             | folder of the policy the run began with                     |
+    | `reference`         | folder of the frozen reference, if it is another one        |
+    | `pairs(name)`       | `NAME.jsonl`, pairs that were drawn, to learn from or judge |
+    | `completions_path`  | `completions.jsonl`, append-only                            |
+    | `samples_path`      | `samples.json`, completions of the first and last evaluation |
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,9 +153,33 @@ class RunDirectory:
         """The directory of TensorBoard event files."""
         return self.path / "tensorboard"
 
+    @property
+    def start(self) -> Path:
+        """The folder of the policy that a language model's run began with."""
+        return self.path / "start"
+
+    @property
+    def reference(self) -> Path:
+        """The folder of the frozen reference, where it is not the start."""
+        return self.path / "reference"
+
+    @property
+    def completions_path(self) -> Path:
+        """Where completions are, one JSON object per line."""
+        return self.path / "completions.jsonl"
+
+    @property
+    def samples_path(self) -> Path:
+        """Where a few completions of the first and the last evaluation are."""
+        return self.path / "samples.json"
+
+    def pairs(self, name: str) -> Path:
+        """Where pairs that were drawn are, one JSON object per line."""
+        return self.path / f"{name}.jsonl"
+
     def holds_run(self) -> bool:
         """Whether anything of a run is there already."""
-        traces = (self.config_path, self.metrics_path, self.checkpoints, self.policy, self.best)
+        traces = (self.config_path, self.metrics_path, self.checkpoints, self.policy, self.best, self.start)
         return any(os.path.lexists(path) for path in traces)
 
     def close(self) -> None:

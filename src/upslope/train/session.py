@@ -1,209 +1,169 @@
-"""A run in memory: everything that moves, one update at a time, and as a tree that a checkpoint can hold."""
+"""What the loop asks of a run in memory, whatever it trains: agents or language models."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-from torch import Tensor, nn
-
-from upslope.algorithms.protocol import Now, scheduled
-from upslope.collect import EnvironmentCollector
-from upslope.collect.vector import VectorEnvironment
-from upslope.diagnostics import Meter
-from upslope.policies import ActorCritic
-from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to_tree
-from upslope.streams import Purpose, stream, torch_stream
 from upslope.train.config import Run
-from upslope.train.optimizer import FlatOptimizer
-from upslope.train.step import learn
+from upslope.train.language.config import LanguageRun
+from upslope.train.run_directory import RunDirectory
 from upslope.trajectory import Tree
+
+AnyRun: TypeAlias = Run | LanguageRun
+"""The configuration of either kind of run."""
 
 
 class ResumeError(RuntimeError):
     """A checkpoint that does not fit the run that wants to go on from it."""
 
 
-class Session:
-    """Policy, optimiser, environments and counters of one run.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """Which figures of an update are shown while a run goes on.
 
-    Args:
-        run: the configuration, resolved.
-        environments: where experience comes from; closed with the session.
-        encoder: the user's own encoder, if any.
+    Attributes:
+        shown: heading, metric and format, in their order.
+        spoken: the metrics among them that a line of plain text has.
+        unit: what the run counts its length in.
     """
 
-    def __init__(self, run: Run, environments: VectorEnvironment, *, encoder: nn.Module | None = None) -> None:
-        self.run = run
-        generator = torch_stream(run.seed, Purpose.INITIALISATION)
-        spaces = (environments.observation_space, environments.action_space)
-        self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
-        self.spaces = [space_to_tree(space) for space in spaces]
-        self.optimizer = FlatOptimizer(self.policy, run.optimizer)
-        self.meter = Meter(_actor_gradient(self.policy, self.optimizer)) if run.log.diagnose_every else None
-        self.most_entropy = _most_entropy(environments.action_space)
-        self.collector = EnvironmentCollector(
-            environments,
-            steps=run.rollout.steps,
-            episodes=run.rollout.episodes,
-            seed=run.seed,
-            truncation=run.environment.truncation,
-        )
-        self.algorithm = run.algorithm
-        self.algorithm_state = self.algorithm.initial_state()
-        self.update = 0
-        self.steps = 0
-        self.episodes = 0
-        self.returns: deque[float] = deque(maxlen=100)
-        self.lengths: deque[float] = deque(maxlen=100)
+    shown: tuple[tuple[str, str, str], ...]
+    spoken: tuple[str, ...]
+    unit: str
+
+
+class Session(Protocol):
+    """Everything of one run that moves, one update at a time, and as a tree that a checkpoint can hold."""
 
     @property
-    def progress(self) -> float:
-        """The share of the run's environment steps already taken."""
-        return min(self.steps / self.run.steps, 1.0)
+    def run(self) -> AnyRun:
+        """The configuration, resolved."""
+        ...
+
+    @property
+    def policy(self) -> Any:
+        """What is trained, as it now stands."""
+        ...
+
+    @property
+    def update(self) -> int:
+        """Updates since the start of the run."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """How far the run is, in what `run.steps` counts."""
+        ...
+
+    @property
+    def episodes(self) -> int:
+        """Episodes that came to an end, or sequences learnt from."""
+        ...
+
+    @property
+    def figures(self) -> Figures:
+        """What is shown of an update."""
+        ...
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """Errors of the outside world, after which what was learnt is still good and is saved."""
+        ...
+
+    def open(self, directory: RunDirectory, tell: Callable[[str], None], *, resumed: bool) -> None:
+        """The run begins, or goes on after `load_state` if there was a checkpoint.
+
+        Args:
+            directory: where the session keeps files of its own, if it has any.
+            tell: says something to the user.
+            resumed: whether the run directory was there before.
+        """
+        ...
 
     def advance(self) -> dict[str, float]:
-        """One update: collect, learn, and only then let the normalisers see what was collected."""
-        run, policy = self.run, self.policy
-        start = time.perf_counter()
-        trajectory = self.collector.collect(policy, self.update)
-        collected = time.perf_counter()
-        seen = trajectory
-        if policy.reward_normalizer is not None:
-            seen = replace(trajectory, reward=policy.reward_normalizer.scale(trajectory, self.algorithm.gamma))
-        learning_rate = scheduled(run.optimizer.schedule, run.optimizer.learning_rate, self.progress)
-        taken, every = self.collector.steps_taken, run.log.diagnose_every
-        if self.meter is not None:
-            self.meter.look(closely=(self.steps + taken) // every > self.steps // every)
-        learned = learn(
-            policy,
-            self.algorithm,
-            self.optimizer,
-            seen,
-            now=Now(progress=self.progress, state=self.algorithm_state),
-            learning_rate=learning_rate,
-            generator=stream(run.seed, Purpose.SHUFFLE, 0, self.update),
-            meter=self.meter,
-        )
-        policy.observe(trajectory)
-        self.algorithm_state = learned.state
-        self.update += 1
-        self.steps += taken
-        for episode_return, length in self.collector.finished():
-            self.episodes += 1
-            self.returns.append(episode_return)
-            self.lengths.append(length)
-        metrics = {**learned.metrics, **{f"state/{name}": number for name, number in learned.state.items()}}
-        metrics["learning_rate"], metrics["progress"] = learning_rate, self.progress
-        if self.meter is not None and self.most_entropy is not None and "entropy" in metrics:
-            metrics["entropy_share"] = metrics["entropy"] / self.most_entropy
-        metrics["collect_seconds"] = collected - start
-        metrics["learn_seconds"] = time.perf_counter() - collected
-        if self.returns:
-            metrics["episode_return"] = float(np.mean(self.returns))
-            metrics["episode_length"] = float(np.mean(self.lengths))
-        return metrics
+        """One update: collect and learn.
 
-    def state(self, *, with_environments: bool = True) -> Tree:
-        """All of it; without the environments if they failed, so that they are made anew on resume.
-
-        Environments whose state cannot be taken are made anew here, too, so that going on and resuming are the same.
+        Returns:
+            Its metrics; `collect_seconds` and `learn_seconds` are among them.
         """
-        environments = self.collector.snapshot() if with_environments else None
-        if self.collector.environments.resume == "rebuild":
-            self._forget_open_returns()
-        return {
-            "update": self.update,
-            "steps": self.steps,
-            "episodes": self.episodes,
-            "returns": list(self.returns),
-            "lengths": list(self.lengths),
-            "spaces": self.spaces,
-            "algorithm": dict(self.algorithm_state),
-            "policy": {name: tensor.detach() for name, tensor in self.policy.state_dict().items()},
-            "optimizer": self.optimizer.state(),
-            "meter": None if self.meter is None else self.meter.state(),
-            "collector": environments,
-        }
+        ...
+
+    def logged(self) -> None:
+        """A line of metrics was written after the last update."""
+        ...
+
+    def state(self, *, collector: bool = True) -> Tree:
+        """All of it, for a checkpoint.
+
+        Args:
+            collector: whether where experience comes from is part of it; not after it failed, so that it is made anew.
+        """
+        ...
 
     def load_state(self, tree: Tree) -> None:
         """Go on from `state()`.
 
         Raises:
-            ResumeError: if the spaces or the network are not those of the checkpoint.
+            ResumeError: if it does not fit this run.
         """
-        if "meter" not in tree:
-            raise ResumeError(
-                "the checkpoint is of an earlier version of upslope, which this one cannot go on from: resume it with "
-                "the version named in its config.json, or start a new run"
-            )
-        for what, old, new in zip(("observation", "action"), tree["spaces"], self.spaces, strict=True):
-            if _listed(old) != _listed(new):
-                raise ResumeError(
-                    f"the {what} space of the environment changed: the checkpoint has {old}, the environment now has "
-                    f"{new}. Resume with the environment the run was made with, or start a new run"
-                )
-        try:
-            self.policy.load_state_dict(tree["policy"])
-        except RuntimeError as error:
-            raise ResumeError(
-                f"the checkpoint's network is not the one configured: {error}. Resume without changing the policy"
-            ) from error
-        self.optimizer.load_state(tree["optimizer"])
-        if self.meter is not None and tree["meter"] is not None:
-            self.meter.load_state(tree["meter"])
-        self.algorithm_state = dict(tree["algorithm"])
-        self.update, self.steps, self.episodes = tree["update"], tree["steps"], tree["episodes"]
-        self.returns.extend(tree["returns"])
-        self.lengths.extend(tree["lengths"])
-        if tree["collector"] is None:
-            self.collector.rebuild(self.update)
-            self._forget_open_returns()
-        else:
-            self.collector.restore(tree["collector"])
+        ...
 
-    def _forget_open_returns(self) -> None:
-        if self.policy.reward_normalizer is not None:
-            self.policy.reward_normalizer.restart()
+    def save_policy(self, path: Path) -> None:
+        """Write the policy as a folder, replacing an older one at one stroke.
+
+        Raises:
+            CheckpointError: if it cannot be written; the older one is untouched then.
+        """
+        ...
+
+    def resume_command(self, directory: Path) -> list[str]:
+        """The words of the command that goes on with the run."""
+        ...
 
     def close(self) -> None:
-        """Give back the environments."""
-        self.collector.close()
+        """Give back environments and processes."""
+        ...
 
 
-def _actor_gradient(policy: ActorCritic, optimizer: FlatOptimizer) -> Tensor:
-    """The gradient of what serves the actor alone: parameters shared with the critic hear its error, too."""
-    modules = [policy.actor]
-    if policy.critic is None:
-        modules = [policy.encoder, *([] if policy.torso is None else [policy.torso]), policy.actor]
-    elif policy.critic_encoder is not None:
-        modules = [policy.encoder, policy.actor]
-    own = {id(parameter) for module in modules for parameter in module.parameters()}
-    start = end = position = 0
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            if id(parameter) in own:
-                start, end = (start if end else position), position + parameter.numel()
-            position += parameter.numel()
-    return optimizer.gradient[start:end]
+class Report(Protocol):
+    """How good a policy was."""
+
+    @property
+    def score(self) -> float:
+        """What the best policy has most of."""
+        ...
+
+    def record(self) -> Mapping[str, float | int]:
+        """As metrics.jsonl keeps it."""
+        ...
 
 
-def _most_entropy(space: Space) -> float | None:
-    """The entropy of choosing blindly; None where actions are continuous."""
-    if isinstance(space, Discrete):
-        return math.log(space.n) if space.n > 1 else None
-    if isinstance(space, MultiDiscrete):
-        return sum(math.log(choices) for choices in space.choices) or None
-    return space.n * math.log(2.0) if isinstance(space, MultiBinary) else None
+class Evaluator(Protocol):
+    """Judges the policy of a run, drawing from streams of its own."""
 
+    @property
+    def first(self) -> bool:
+        """Whether the policy is judged before the first update, too."""
+        ...
 
-def _listed(tree: object) -> object:
-    if isinstance(tree, Mapping):
-        return {key: _listed(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_listed(value) for value in tree]
-    return tree
+    @property
+    def last(self) -> bool:
+        """Whether it is judged at the end."""
+        ...
+
+    def evaluate(self, policy: Any, *, index: int, final: bool) -> Report:
+        """Judge it.
+
+        Args:
+            policy: as it stands; left as it is.
+            index: which evaluation of the run this is; decides what is drawn.
+            final: whether it is the one at the end.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...

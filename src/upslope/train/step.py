@@ -76,11 +76,15 @@ def learn(
 
     Returns:
         The carried numbers after the update and its metrics. Those of a sequential policy have "mismatch", the largest
-        |l - b| over the chosen steps of the first optimiser step, where the actions were sampled.
+        |l - b| over the chosen steps of the first optimiser step, where the actions were sampled. A minibatch without
+        any chosen step takes no optimiser step, and an update without any changes nothing.
 
     Raises:
         UsageError: if the algorithm needs a reference and there is none, or the batch is too small to be cut.
     """
+    if not bool(trajectory.mask.any()):
+        idle = {"gradient_norm": 0.0, "optimizer_steps": 0.0}
+        return Learned(state=now.state, metrics=idle, advantage=torch.zeros_like(trajectory.reward))
     passes = algorithm.passes
     trajectory = _referenced(passes, trajectory, reference)
     value, next_value, signal = _signal(policy, algorithm, trajectory)
@@ -95,6 +99,8 @@ def learn(
             batch = replace(batch, **_signal_like(batch, trajectory, signal))
         going = True
         for minibatch in _minibatches(batch, passes, generator):
+            if not bool(minibatch.mask.any()):
+                continue
             minibatch = _prepared(policy, algorithm, minibatch)
             _differentiate(policy, algorithm, optimizer, minibatch, now, totals, meter)
             if meter is not None:
@@ -338,7 +344,7 @@ class _Totals:
         self._norms.append(norm)
 
     def kl_beyond(self, target: float | None, factor: float = 1.0) -> bool:
-        return target is not None and float(self._steps[-1]["kl"]) > factor * target
+        return target is not None and bool(self._steps) and float(self._steps[-1]["kl"]) > factor * target
 
     def means(self) -> dict[str, float]:
         """Of each metric over the steps that report it."""

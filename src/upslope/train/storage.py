@@ -70,7 +70,7 @@ def publish_folder(path: Path, kind: FolderKind, files: Mapping[str, bytes], *, 
         CheckpointError: the file system refused, or `path` holds something that is not ours to replace. What
             was there is untouched and nothing half-written is left.
     """
-    assert set(files) == kind.files
+    assert kind.holds(files)
     parent = path.parent
     temporary = parent / f".tmp-{path.name}-{os.getpid()}"
     previous = _previous(path)
@@ -186,7 +186,7 @@ def _holds_only(path: Path, kind: FolderKind) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     with os.scandir(path) as entries:
-        return all(entry.name in kind.names and entry.is_file(follow_symlinks=False) for entry in entries)
+        return all(kind.may_hold(entry.name) and entry.is_file(follow_symlinks=False) for entry in entries)
 
 
 def _refuse_to_replace_foreign(path: Path, kind: FolderKind) -> None:
@@ -216,7 +216,7 @@ def _is_another_living_process(pid: int) -> bool:
 def _remove_folder(path: Path, kind: FolderKind) -> None:
     if not _holds_only(path, kind):
         return
-    for name in sorted(kind.names):
+    for name in sorted(os.listdir(path)):
         _unlink_if_present(path / name)
     os.rmdir(path)
 
@@ -264,7 +264,7 @@ def read_folder(path: Path, kind: FolderKind) -> SealedFolder:
     with _opened(path) as folder:
         manifest = read_manifest(_read_file(folder, path / MANIFEST, None), path / MANIFEST, kind)
         files: dict[str, bytes] = {}
-        for name in sorted(kind.files):
+        for name in sorted(manifest["files"]):
             size, digest = manifest["files"][name]
             files[name] = _read_file(folder, path / name, size)
             if hashlib.sha256(files[name]).hexdigest() != digest:

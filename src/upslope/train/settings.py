@@ -1,0 +1,48 @@
+"""Checks that the frozen settings of both kinds of run share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+MOST_THREADS = 1024
+
+
+def at_least(least: int, **settings: float) -> None:
+    """Refuse numbers below `least`, by name."""
+    for name, value in settings.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_numbers(settings: Any) -> None:
+    """Refuse NaN, infinity, and a lambda outside 0 to 1."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{type(settings).__name__}.{entry.name} must be a finite number, got {value}")
+        if entry.name == "gae_lambda" and not 0.0 <= value <= 1.0:
+            raise ValueError(f"gae_lambda lies between 0 and 1, got {value}")
+
+
+def check_gamma(gamma: float) -> None:
+    """Refuse what is no discount factor."""
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma is a discount factor from 0 to 1, got {gamma}")
+
+
+def check_choices(settings: Any) -> None:
+    """Refuse a word that is none of those a setting may be."""
+    for name, kind in get_type_hints(type(settings)).items():
+        chosen = getattr(settings, name)
+        if get_origin(kind) is Literal and chosen not in get_args(kind):
+            choices = ", ".join(map(repr, get_args(kind)))
+            raise ValueError(f"{type(settings).__name__}.{name} must be one of {choices}, got {chosen!r}")
+
+
+def check_threads(threads: int) -> None:
+    """Refuse a number of threads that no machine has."""
+    at_least(1, threads=threads)
+    if threads > MOST_THREADS:
+        raise ValueError(f"threads must be at most {MOST_THREADS}, got {threads}; small networks want 1")
