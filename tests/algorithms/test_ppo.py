@@ -13,7 +13,7 @@ from tabular_world import Choice, TabularPolicy, gradients, whole_batch
 from torch import Tensor
 from two_episodes import EXPECTED, chosen, policy_with_values, two_episodes
 
-from upslope.algorithms import A2C, PPO, Now
+from upslope.algorithms import A2C, PPO, Now, ReferenceKL
 from upslope.train.config import OptimizerConfig
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.step import Learned, learn
@@ -330,6 +330,7 @@ CHANGES: dict[str, tuple[PPO, Any]] = {
     "target_kl": (PPO(), 0.123),
     "kl_stop": (PPO(target_kl=0.01), "after_epoch"),
     "recompute_advantage": (PPO(), True),
+    "reference_kl": (PPO(), ReferenceKL(coefficient=0.1)),
 }
 
 

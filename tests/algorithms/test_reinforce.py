@@ -9,7 +9,7 @@ import torch
 from tabular_world import gradients, whole_batch
 from two_episodes import BOOTSTRAPPED_RETURN, EXPECTED, chosen, policy_with_values, two_episodes
 
-from upslope.algorithms import Now, Reinforce
+from upslope.algorithms import Now, ReferenceKL, Reinforce
 from upslope.algorithms.reinforce import Psi
 
 
@@ -102,7 +102,7 @@ def test_metrics_are_means_over_chosen_steps() -> None:
     assert float(metrics["entropy"]) == pytest.approx(float(evaluation.entropy[trajectory.mask].detach().mean()))
 
 
-CHANGES: dict[str, tuple[Reinforce, float | str]] = {
+CHANGES: dict[str, tuple[Reinforce, float | str | ReferenceKL]] = {
     "gamma": (Reinforce(), 0.5),
     "psi": (Reinforce(), "total_reward"),
     "gae_lambda": (Reinforce(psi="td_residual"), 0.5),
@@ -110,6 +110,7 @@ CHANGES: dict[str, tuple[Reinforce, float | str]] = {
     "normalize_advantage": (Reinforce(), True),
     "value_coefficient": (Reinforce(psi="baselined"), 0.123),
     "entropy_coefficient": (Reinforce(), 0.123),
+    "reference_kl": (Reinforce(), ReferenceKL(coefficient=0.1)),
 }
 
 

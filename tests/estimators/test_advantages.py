@@ -167,6 +167,20 @@ def test_group_errors() -> None:
         group_relative(total, torch.tensor([1, 1, 1]), epsilon=-1.0)
     with pytest.raises(ValueError, match="scale must be"):
         group_relative(total, torch.tensor([1, 1, 1]), scale="std")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="baseline must be"):
+        group_relative(total, torch.tensor([1, 1, 1]), baseline="median")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_lone_success_is_not_scaled_by_the_others_and_the_failures_are() -> None:
+    """NeMo-RL's default on 1, 0 x 7: +1 for the success, -1/7 over the deviation sqrt(1/7) for a failure."""
+    total, group = torch.tensor([1.0] + [0.0] * 7), torch.zeros(8, dtype=torch.long)
+    found = group_relative(total, group, baseline="leave_one_out", scale="leave_one_out", epsilon=0.0)
+    assert found.tolist() == pytest.approx([1.0] + [-(7**-0.5)] * 7)
+    pair = group_relative(total[:2], group[:2], baseline="leave_one_out", scale="leave_one_out")
+    assert pair.tolist() == [1.0, -1.0]
+    awkward = torch.full((7,), 0.1)
+    found = group_relative(awkward, group[:7], baseline="leave_one_out", scale="leave_one_out", epsilon=0.0)
+    assert (found == 0.0).all()
 
 
 def test_standardise() -> None:

@@ -33,15 +33,25 @@ def test_group_advantages_sum_to_zero_in_each_group(scale: Literal["none", "grou
 @given(grouped())
 def test_group_relative_is_the_reward_minus_the_mean_over_the_chosen_scale(data: Grouped) -> None:
     """Standard deviations with ddof 1, of the group or of all totals; epsilon is added to them."""
-    centred, deviation = torch.zeros_like(data.total), torch.zeros_like(data.total)
+    centred, deviation, sizes, others = (torch.zeros_like(data.total) for _ in range(4))
     for members in data.members():
         centred[members] = data.total[members] - data.total[members].mean()
         deviation[members] = (centred[members].square().sum() / (len(members) - 1)).sqrt()
+        sizes[members] = len(members)
+        for member in members.tolist():
+            rest = data.total[[other for other in members.tolist() if other != member]]
+            alike = len(rest) < 2 or bool(rest.max() == rest.min())
+            others[member] = 1.0 if alike else rest.std() + 0.1
     whole = ((data.total - data.total.mean()).square().sum() / (len(data.total) - 1)).sqrt()
     close(group_relative(data.total, data.group), centred)
     close(group_relative(data.total, data.group, scale="group"), centred / (deviation + 1e-6))
     close(group_relative(data.total, data.group, scale="group", epsilon=0.1), centred / (deviation + 0.1))
     close(group_relative(data.total, data.group, scale="batch", epsilon=0.1), centred / (whole + 0.1))
+    for scale in ("none", "group", "batch", "leave_one_out"):
+        mean = group_relative(data.total, data.group, scale=scale, epsilon=0.1)
+        found = group_relative(data.total, data.group, baseline="leave_one_out", scale=scale, epsilon=0.1)
+        close(found, mean * (sizes / (sizes - 1)))
+    close(group_relative(data.total, data.group, scale="leave_one_out", epsilon=0.1), centred / others)
 
 
 @PROPERTY

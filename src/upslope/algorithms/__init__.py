@@ -3,7 +3,9 @@
 from upslope.algorithms.actor_critic import A2C as A2C
 from upslope.algorithms.actor_critic import OneStepActorCritic as OneStepActorCritic
 from upslope.algorithms.grpo import GRPO as GRPO
+from upslope.algorithms.kto import KTO as KTO
 from upslope.algorithms.ppo import PPO as PPO
+from upslope.algorithms.preference import Preference as Preference
 from upslope.algorithms.protocol import Algorithm as Algorithm
 from upslope.algorithms.protocol import Condition as Condition
 from upslope.algorithms.protocol import GradientName as GradientName
@@ -15,5 +17,6 @@ from upslope.algorithms.protocol import Target as Target
 from upslope.algorithms.protocol import scheduled as scheduled
 from upslope.algorithms.reference_kl import ReferenceKL as ReferenceKL
 from upslope.algorithms.reinforce import Reinforce as Reinforce
+from upslope.algorithms.reward_model import RewardModel as RewardModel
 from upslope.algorithms.rloo import RLOO as RLOO
 from upslope.algorithms.sft import SFT as SFT

@@ -31,7 +31,8 @@ def group_signal(
     """Psi_t of whole trajectories: R_i among its group at every chosen step, 0 elsewhere.
 
     Args:
-        trajectory: with `group`; the total reward R_i of each row is that of its chosen steps.
+        trajectory: with `group`; the total reward R_i of each row is that of its chosen steps and of its end, which
+            counts in a row of which nothing is learnt, too.
         baseline, scale, epsilon: as in `group_relative`.
         reference_kl: a penalty in the reward comes before the baseline, or else from each step on after it.
         clip: keeps the scaled difference within +-clip, before a penalty that comes after the baseline.
@@ -45,7 +46,7 @@ def group_signal(
             "each prompt, or take an algorithm without a group's baseline"
         )
     mask = trajectory.mask
-    total = _total(reference_kl.rewarded(trajectory).reward, mask)
+    total = _total(reference_kl.rewarded(trajectory).reward, mask | trajectory.terminated | trajectory.truncated)
     one = group_relative(total, trajectory.group, baseline=baseline, scale=scale, epsilon=epsilon)
     if clip is not None:
         one = one.clamp(-clip, clip)
@@ -58,8 +59,8 @@ def group_signal(
     return Signal(advantage=advantage)
 
 
-def _total(reward: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, reward, 0.0).sum(-1)
+def _total(reward: Tensor, counted: Tensor) -> Tensor:
+    return torch.where(counted, reward, 0.0).sum(-1)
 
 
 def describe_baseline(baseline: Baseline, scale: Scale, epsilon: float) -> dict[str, str]:

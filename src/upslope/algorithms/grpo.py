@@ -146,7 +146,11 @@ class GRPO:
             biases += ("the advantage is clipped",)
         if self.entropy_coefficient != 0.0:
             biases += ("the entropy bonus adds its own gradient",)
-        requires: tuple[Condition, ...] = ("on_policy", "no_time_limit")
+        whoever_acted = self.ratio == "sequence_sum" and self.clip_low is None and self.clip_high is None
+        whoever_acted = whoever_acted and not (self.anchored or self.reference_kl.on or self.squared_log_ratio)
+        whoever_acted = whoever_acted and self.probability_low is None and self.probability_high is None
+        requires: tuple[Condition, ...] = ("no_time_limit",)
+        requires = requires if whoever_acted else ("on_policy", *requires)
         return Target(
             gradient="undiscounted_states",
             per="step" if self.reduction == "step_mean" else "trajectory",

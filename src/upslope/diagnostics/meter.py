@@ -75,7 +75,7 @@ class Meter:
         self._optimizer_step = 0
         self._watch_every = 1
         self._several = False
-        self._chosen = 0
+        self._sampled = True
 
     def look(self, *, closely: bool) -> None:
         """Whether the update that follows gets a closer look."""
@@ -92,7 +92,7 @@ class Meter:
         gamma: float,
         passes: Planned,
     ) -> None:
-        """An update begins.
+        """An update begins. Of data that nobody sampled, signal and noise of the gradient alone are found.
 
         Args:
             trajectory: [B, T], as the algorithm sees it.
@@ -110,6 +110,10 @@ class Meter:
         if self._several:
             self._minibatches = MinibatchNoise(self._gradient)
         mask, chosen = trajectory.mask, trajectory.mask.sum()
+        self._sampled = bool(trajectory.behaviour_log_prob[mask].isfinite().all())
+        if not self._sampled:
+            self._found = {"chosen": chosen}
+            return
         variances = psi_variances(trajectory, signal.advantage, value, next_value, gamma=gamma)
         self._found = {f"variance/{name}": variance for name, variance in variances.items()}
         self._found["chosen"] = chosen
@@ -168,16 +172,8 @@ class Meter:
             return {}
         found = self._found
         pieces = self._pieces
-        found["first_ratio_error"] = _steps([piece for piece in pieces if piece.first]).log_ratio.expm1().abs().max()
-        shares = gradient_shares(_steps(pieces))
-        last = [piece for piece in pieces if piece.epoch == pieces[-1].epoch]
-        if moved:
-            found["kl"] = _kl(policy, [piece.batch for piece in last])
-        if self._optimizer_step > 1:
-            found["effective_sample_size"] = effective_sample_size(_steps(last).log_ratio)
-            found.update(shares)
-        else:
-            found.update({name: share for name, share in shares.items() if "clip" not in name})
+        if self._sampled:
+            found.update(self._ratios(policy, pieces, moved=moved))
         numbers = dict(zip(found, torch.stack([entry.double() for entry in found.values()]).tolist(), strict=True))
         chosen = numbers.pop("chosen")
         if self._minibatches is not None:
@@ -189,6 +185,19 @@ class Meter:
             numbers["gradient_snr"], numbers["noise_scale"] = smoothed.ratio(chosen), smoothed.scale
         self._forget()
         return numbers
+
+    def _ratios(self, policy: Policy, pieces: Sequence[_Piece], *, moved: bool) -> dict[str, Tensor]:
+        """What depends on the policy that acted; of data that nobody sampled there is none."""
+        first = _steps([piece for piece in pieces if piece.first])
+        found = {"first_ratio_error": first.log_ratio.expm1().abs().max()}
+        shares = gradient_shares(_steps(pieces))
+        last = [piece for piece in pieces if piece.epoch == pieces[-1].epoch]
+        if moved:
+            found["kl"] = _kl(policy, [piece.batch for piece in last])
+        if self._optimizer_step > 1:
+            found["effective_sample_size"] = effective_sample_size(_steps(last).log_ratio)
+            return found | shares
+        return found | {name: share for name, share in shares.items() if "clip" not in name}
 
     def state(self) -> Tree:
         """For a checkpoint between updates."""
