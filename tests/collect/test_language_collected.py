@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from upslope.algorithms.grpo import GRPO
+from upslope.algorithms.ppo import PPO
+from upslope.algorithms.protocol import Now
 from upslope.collect.completions import CompletionCollector
 from upslope.collect.demonstrations import DemonstrationCollector
 from upslope.collect.engines.torch import TorchEngine
@@ -15,11 +18,12 @@ from upslope.collect.pairs import PairCollector, draw_pairs, pairs_from_lines, p
 from upslope.collect.rewards.pool import RewardPool
 from upslope.collect.rewards.protocol import Reward
 from upslope.collect.tasks.arithmetic import ThinkOrBlurt
-from upslope.collect.text_rows import preview
+from upslope.collect.text_rows import TokenRow, build_rows, preview
 from upslope.policies.language.config import LanguageModelConfig, ModelShape
 from upslope.policies.language.model import build_policy
 from upslope.policies.language.sampling import Sampling
 from upslope.policies.language.tokenizer import character_tokenizer
+from upslope.train.step import learn
 
 SEED = 11
 
@@ -115,3 +119,67 @@ def test_demonstrations_and_drawn_pairs_are_read_by_the_learner():
     log_prob = policy.evaluate(rows).log_prob
     assert log_prob.isfinite().all()
     assert np.array_equal(log_prob.detach().numpy() != 0, rows.mask.numpy())
+
+
+class Descent:
+    """Plain gradient descent."""
+
+    micro_batches = 2
+
+    def __init__(self, policy):
+        self.parameters = list(policy.parameters())
+
+    def zero_gradient(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate):
+        norms = [float(p.grad.norm()) for p in self.parameters if p.grad is not None]
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter -= learning_rate * parameter.grad
+        return float(np.linalg.norm(norms))
+
+
+def update(policy, trajectory, algorithm):
+    return learn(
+        policy,
+        algorithm,
+        Descent(policy),
+        trajectory,
+        now=Now(),
+        learning_rate=0.1,
+        generator=np.random.default_rng(0),
+        meter=None,
+    )
+
+
+def test_a_hidden_row_counts_in_its_groups_baseline():
+    """Of two completions that are worth 1 and -1 the second was cut and is hidden: the first is 1 above the mean."""
+    rows = [
+        TokenRow(prompt=(1, 2), answer=(3, 0), log_prob=(-1.0, -1.0), reward=1.0),
+        TokenRow(prompt=(1, 2), answer=(3, 3, 3), log_prob=(-1.0,) * 3, reward=-1.0, ended=False, hidden=True),
+    ]
+    trajectory = build_rows(rows, end_token=0, group=[0, 0])
+    signal = GRPO(scale="none").advantage(trajectory, None, None)
+    assert signal.advantage.tolist() == [[0.0, 1.0, 1.0, 0.0], [0.0] * 4]
+
+
+@pytest.mark.parametrize("critic", [False, True], ids=["grpo", "ppo"])
+@pytest.mark.parametrize("limit", [1, 4], ids=["all-cut", "some-cut"])
+def test_learning_from_a_batch_with_hidden_rows(limit, critic):
+    """A minibatch for each completion: those that are hidden take no optimiser step, and nothing becomes NaN."""
+    task, policy = world(Sampling())
+    collect = collector(task, policy, prompts=1, group=2 if limit == 1 else 24, limit=limit, mask_truncated=True)
+    trajectory = collect.collect(policy, 0)
+    hidden = ~trajectory.mask.any(dim=1)
+    assert bool(hidden.all()) == (limit == 1)
+    before = [parameter.clone() for parameter in policy.parameters()]
+    many = min(len(hidden), 24)
+    algorithm = PPO(epochs=1, minibatches=many) if critic else GRPO(minibatches=many)
+    learned = update(policy, trajectory, algorithm)
+    assert learned.metrics["optimizer_steps"] == int((~hidden).sum())
+    assert all(parameter.isfinite().all() for parameter in policy.parameters())
+    if limit == 1:
+        assert all(torch.equal(*pair) for pair in zip(before, policy.parameters(), strict=True))
