@@ -355,8 +355,9 @@ def test_truncated_completions_can_be_hidden_and_still_count_in_the_baseline():
             {"task": make_task(sums(1), rewards=("correct", "overlong")), "overlong": OverlongPenalty(buffer=2)},
             "rename it",
         ),
+        ({"rewards": InlineRewards(other=right)}, "'correct'.*gives other"),
     ],
-    ids=["too-long", "empty", "unknown-character", "no-accuracy", "two-overlong"],
+    ids=["too-long", "empty", "unknown-character", "no-accuracy", "two-overlong", "other-rewards"],
 )
 def test_bad_tasks(settings, message):
     with pytest.raises(UsageError, match=message):

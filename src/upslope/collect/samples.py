@@ -170,6 +170,11 @@ class SampleSource:
         asked = [example for example in chosen for _ in range(self.group)]
         prompts = [self._prompt_text(*pair) for pair in zip(asked, requests, strict=True)]
         scores = self.rewards.score(prompts, texts, [example.columns for example in asked])
+        if self.task.correct not in scores.parts:
+            raise UsageError(
+                f"task {self.task.name!r} tells right answers by the reward {self.task.correct!r}, and what scores its "
+                f"completions gives {', '.join(scores.parts)}: score them by the task's own rewards"
+            )
         samples: list[Sample] = []
         for place, (request, completion) in enumerate(zip(requests, completions, strict=True)):
             parts = {name: outcomes[place] for name, outcomes in scores.parts.items()}
