@@ -110,7 +110,7 @@ def test_a_folder_without_weights_is_never_random(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"as pickle \(pytorch_model.bin\).*convert"):
         build(source=tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UsageError, match="has no config.json"):
+    with pytest.raises(UsageError, match=r"has no config\.json"):
         build(source=tmp_path)
 
 
@@ -158,7 +158,7 @@ def test_a_name_that_is_no_folder_is_asked_from_the_hub(monkeypatch: pytest.Monk
         raise OSError("we could not connect")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(UsageError, match="'some/model' is no folder here, and as a hub name .*could not connect"):
+    with pytest.raises(UsageError, match=r"'some/model' is no folder here, and as a hub name .*could not connect"):
         build_policy(
             LanguageModelConfig(source="some/model"),
             tokenizer=character_tokenizer("ab"),
@@ -166,6 +166,8 @@ def test_a_name_that_is_no_folder_is_asked_from_the_hub(monkeypatch: pytest.Monk
             sampling=Sampling(),
         )
     assert asked == [("some/model", False)]
+    with pytest.raises(UsageError, match="there is no folder"):
+        build(source="./some/model")
 
 
 def test_a_tokenizer_must_fit_its_model(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_adapters_train_alone_and_start_without_effect(architecture: str) -> Non
 
 
 def test_adapters_that_fit_nothing_are_refused() -> None:
-    with pytest.raises(UsageError, match="lora.targets="):
+    with pytest.raises(UsageError, match=r"lora\.targets="):
         build(lora=LoraConfig(targets=("nowhere",)))
     with pytest.raises(UsageError, match="rank of at least 1"):
         build(lora=LoraConfig(rank=0))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from language_models import TOKENS, build, logits
+from language_models import TOKENS, build
 from torch import nn
 
 from upslope.policies.language.config import LoraConfig

@@ -192,6 +192,15 @@ def test_importing_upslope_imports_no_transformers() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def test_an_id_without_a_token_has_no_text() -> None:
+    assert character_tokenizer("ab").decode([1, 7, 2]) == "ab"
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"no tokenizer could be loaded from the folder {tmp_path}"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_missing_package_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'upslope\[language\]'"):

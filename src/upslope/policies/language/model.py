@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,7 @@ def build_policy(
             check_content(folder, model, description)
     _check_vocabulary(model, tokenizer)
     _set_ends(model, tokenizer)
-    whole = model if config.lora is None else _with_adapters(model, config.lora, seed)
+    whole: Any = model if config.lora is None else _with_adapters(model, config.lora, seed)
     policy = LanguagePolicy(
         whole.to(device),
         tokenizer,
@@ -73,7 +74,7 @@ def build_policy(
     return policy.to(device)
 
 
-def _load_value_head(head: torch.nn.Linear, folder: Any, description: Description | None) -> None:
+def _load_value_head(head: torch.nn.Linear, folder: Path, description: Description | None) -> None:
     tensors = read_value_head(folder, description)
     if tensors is None:
         return
@@ -85,7 +86,8 @@ def _load_value_head(head: torch.nn.Linear, folder: Any, description: Descriptio
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if rows < tokenizer.size:
         raise UsageError(
             f"the tokenizer has {tokenizer.size} tokens and the model embeddings for {rows}: give the tokenizer that "
@@ -94,8 +96,9 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
 
 
 def _set_ends(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """What `generate` of transformers goes by; and no token's embedding is without gradient because it is for padding."""
-    model.get_input_embeddings().padding_idx = None
+    """What `generate` of transformers goes by; and a token that could be padding gets its gradient like any other."""
+    embeddings: Any = model.get_input_embeddings()
+    embeddings.padding_idx = None
     generation = model.generation_config
     if generation is None:
         return

