@@ -107,8 +107,8 @@ def test_math_verify_compares_expressions_off_the_main_thread_where_its_own_time
 
 
 def test_math_verify_in_a_worker_is_ended_by_the_deadline_even_where_no_signal_handler_could_run():
-    (outcome,) = score(math_verify, ["$9^{9^{9}}$"], ["2"], deadline=3.0)
-    assert outcome == Failed("it did not return within 3 s and was killed")
+    (outcome,) = score(math_verify, ["$9^{9^{9}}$"], ["2"], deadline=1.0)
+    assert outcome == Failed("it did not return within 1 s and was killed")
 
 
 def test_what_math_verify_cannot_compare_has_failed(monkeypatch):
@@ -126,8 +126,8 @@ def test_what_math_verify_cannot_compare_has_failed(monkeypatch):
 def test_a_format_is_matched_in_a_worker_and_a_careless_pattern_is_ended_by_the_deadline():
     think = matches(r"(?s)^<think>.*</think>.+\Z")
     assert score(think, ["<think>a\n</think>b", "<think>a</think>", "b"], [None] * 3) == (1.0, 0.0, 0.0)
-    outcomes = score(matches(r"^(a+)+$"), ["a", "a" * 60 + "b"], [None] * 2, deadline=2.0)
-    assert outcomes == (1.0, Failed("it did not return within 2 s and was killed"))
+    (outcome,) = score(matches(r"^(a+)+$"), ["a" * 60 + "b"], [None], deadline=1.0)
+    assert outcome == Failed("it did not return within 1 s and was killed")
     with pytest.raises(UsageError, match="no regular expression"):
         matches("(")
 

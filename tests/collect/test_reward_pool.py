@@ -61,6 +61,17 @@ def test_a_function_may_be_async_or_an_object_from_an_importable_module():
     assert score(rewards, ["a", "bb"]).total == (2.0, 4.0)
 
 
+def test_a_file_may_import_what_stands_beside_it(tmp_path):
+    (tmp_path / "beside_the_reward.py").write_text("VALUE = 3.0\n")
+    (tmp_path / "own.py").write_text("from beside_the_reward import VALUE\ndef f(completions): return [VALUE]\n")
+    assert score([Reward(name="own", function=f"{tmp_path}/own.py:f")], ["a"]).total == (3.0,)
+
+
+def test_long_texts_and_many_rows_arrive():
+    assert score([in_file("length")], ["a" * 5_000_000, "b"]).total == (5_000_000.0, 1.0)
+    assert score([in_file("length")], ["ab"] * 20_000, workers=2).total == (2.0,) * 20_000
+
+
 def test_where_nothing_applies_there_is_no_total_and_an_empty_batch_is_scored():
     with RewardPool([in_file("nothing")], workers=1, deadline=60.0) as pool:
         assert pool.score(["p"], ["a"], [{}]).total == (None,)

@@ -126,14 +126,15 @@ class Dispatcher:
             if name in worker.loaded:
                 return worker
         if len(self.workers) < self.count:
-            self.workers.append(Worker(self.main_module, patience=self.deadline))
+            self.workers.append(Worker(self.main_module))
             return self.workers[-1]
         return idle[0]
 
     def _load(self, worker: Worker, job: Job) -> None:
         function, seconds = self.functions[job.name], OF_THE_DEADLINE * self.deadline
         try:
-            worker.send({"kind": "load", "name": job.name, "function": function, "seconds": seconds})
+            message = {"kind": "load", "name": job.name, "function": function, "seconds": seconds}
+            worker.send(message, patience=self.load_deadline)
         except WorkerGoneError as error:
             self._lose(worker)
             self._fail_load(job, str(error))
@@ -150,7 +151,7 @@ class Dispatcher:
         }
         fresh = self._busy[worker].loading
         try:
-            worker.send(message)
+            worker.send(message, patience=self.deadline)
         except WorkerGoneError as error:
             self._lose(worker)
             if fresh:

@@ -55,24 +55,20 @@ class Worker:
 
     Args:
         main_module: how `multiprocessing` finds the main module; empty if no function stands in it.
-        patience: seconds that sending or receiving a message may block.
 
     Raises:
         UsageError: on Windows.
     """
 
-    def __init__(self, main_module: Mapping[str, str], *, patience: float) -> None:
+    def __init__(self, main_module: Mapping[str, str]) -> None:
         if sys.platform == "win32":
             raise UsageError("reward functions in processes of their own need Linux or macOS; on Windows use WSL")
         self.loaded: set[str] = set()
         self.connection, theirs = Pipe()
         self._socket = socket.socket(fileno=os.dup(self.connection.fileno()))
-        limit = struct.pack("ll", int(patience), int(patience % 1 * 1e6) + 1)
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
         life, self._life = os.pipe()
         settings = {
-            "path": sys.path,
+            "path": [str(folder) for folder in sys.path],
             "connection": theirs.fileno(),
             "life": life,
             "parent": os.getpid(),
@@ -92,13 +88,20 @@ class Worker:
             theirs.close()
             os.close(life)
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any], *, patience: float) -> None:
         """Ask for something.
+
+        Args:
+            message: what is asked.
+            patience: seconds that it may take to read this, and later to write its answer once it has begun.
 
         Raises:
             WorkerGoneError: if it has ended, or did not read within the patience.
             Exception: whatever says that the message holds what cannot be sent.
         """
+        limit = struct.pack("ll", int(patience), int(patience % 1 * 1e6) + 1)
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
         try:
             self.connection.send(message)
         except OSError as error:

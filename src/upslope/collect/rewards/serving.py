@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from upslope.collect.rewards import processes
@@ -85,6 +87,9 @@ def _find(given: Any, seconds: float) -> Callable[..., Any]:
         return given
     if given.startswith(("http://", "https://")):
         return HttpReward(address=given, seconds=seconds)
+    folder = str(Path(given.rpartition(":")[0]).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # what stands beside the file can be imported, as if the file were run
     return function_from_file(given, what="reward")
 
 
