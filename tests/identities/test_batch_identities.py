@@ -15,7 +15,20 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import upslope.algorithms
-from upslope.algorithms import A2C, PPO, Algorithm, Now, OneStepActorCritic, Reinforce
+from upslope.algorithms import (
+    A2C,
+    GRPO,
+    KTO,
+    PPO,
+    RLOO,
+    SFT,
+    Algorithm,
+    Now,
+    OneStepActorCritic,
+    Preference,
+    Reinforce,
+    RewardModel,
+)
 from upslope.estimators import (
     fixed_length,
     gae,
@@ -51,6 +64,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo one minibatch": PPO(epochs=2, minibatches=1, normalize_advantage=False, dual_clip=3.0),
     "ppo kl": PPO(epochs=1, minibatches=2, clip=None, kl_coefficient=0.3, recompute_advantage=True),
 }
+ON_SEQUENCES = {GRPO, RLOO, SFT, Preference, KTO, RewardModel}
+"""Their rows belong together; tests/algorithms/test_sequence_algorithms.py asks the same of them."""
 EVERY_ALGORITHM = pytest.mark.parametrize("name", list(ALGORITHMS))
 ONE_MINIBATCH = pytest.mark.parametrize(
     "name", [name for name, each in ALGORITHMS.items() if each.passes.minibatches == 1]
@@ -63,7 +78,7 @@ def test_no_algorithm_is_left_out() -> None:
     """One that is added shows here."""
     classes = (member for _, member in inspect.getmembers(upslope.algorithms, inspect.isclass))
     trained = {member for member in classes if "loss" in vars(member) and not getattr(member, "_is_protocol", False)}
-    assert trained == {type(algorithm) for algorithm in ALGORITHMS.values()}
+    assert trained == {type(algorithm) for algorithm in ALGORITHMS.values()} | ON_SEQUENCES
 
 
 @dataclass
