@@ -10,7 +10,7 @@ import torch
 from tiny_language_models import KINDS, Rows, policy_on, sample_rows, tiny_model, tiny_policy
 from torch import Tensor
 
-from upslope.policies.language import decoder, packing
+from upslope.policies.language import attention, packing
 from upslope.policies.language.architecture import UnsupportedArchitectureError
 from upslope.policies.language.sampling import Sampling
 from upslope.trajectory import Trajectory
@@ -201,7 +201,7 @@ def test_other_architectures_run_through_transformers(again: bool, equal: bool) 
     policy.values(cut_trajectory(rows))
     calls: list[int] = []
     layer = policy.model.gpt_neox.layers[0]
-    layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     policy.evaluate(rows).log_prob.sum().backward()
     assert len(calls) == (2 if again else 1)
     assert not layer.training
@@ -331,8 +331,8 @@ def test_attention_sees_nothing_behind_a_row() -> None:
     layout = packing.pack(torch.arange(8).view(2, 4), torch.tensor([4, 2]), share=False)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(6, 2, 3, generator=generator) for _ in range(3))
-    before = decoder.attention(query, key, value, layout, scale=1.0, window=None)
+    before = attention.attention(query, key, value, layout, scale=1.0, window=None)
     first = packing.pack(torch.arange(2).view(1, 2), torch.tensor([2]), share=False)
     short = layout.index[1, :2]
-    alone = decoder.attention(query[short], key[short], value[short], first, scale=1.0, window=None)
+    alone = attention.attention(query[short], key[short], value[short], first, scale=1.0, window=None)
     torch.testing.assert_close(before[short], alone)

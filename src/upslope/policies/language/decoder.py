@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, final
+from typing import Any, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import UsageError
 from upslope.policies.language.architecture import Architecture
+from upslope.policies.language.attention import attention, packed_attention, wide_enough
+from upslope.policies.language.blocks import can_finish, can_project, direct, finish, project
 from upslope.policies.language.packing import Layout
-from upslope.policies.language.parts import Layer, rotate
+from upslope.policies.language.parts import Layer, Rotary, rotate
 
 
 class Body(Protocol):
@@ -41,54 +43,63 @@ class Decoder:
         """Last hidden states [M, D] of the packed tokens numbered `wanted` [M]."""
         architecture = self.architecture
         stream = architecture.embed(layout.token, layout.position)
-        for layer in architecture.layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                stream = checkpoint(self._block, layer, stream, layout, use_reentrant=False)
-            else:
-                stream = self._block(layer, stream, layout)
-        return architecture.norm(stream.index_select(0, wanted))
+        angles = _Angles(layout, stream.dtype)
+        *layers, last = architecture.layers
+        for layer in layers:
+            stream = self._checkpointed(self._block, layer, stream, layout, angles, None)
+        return architecture.norm(self._checkpointed(self._block, last, stream, layout, angles, wanted))
 
-    def _block(self, layer: Layer, stream: Tensor, layout: Layout) -> Tensor:
+    def _checkpointed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False))
+        return function(*arguments)
+
+    def _block(self, layer: Layer, stream: Tensor, layout: Layout, angles: _Angles, wanted: Tensor | None) -> Tensor:
+        """The stream after a block, of all packed tokens or only of those numbered `wanted`."""
+        heads, others = self.architecture.heads, self.architecture.key_value_heads
+        projected = self._projected(layer, stream, angles)
+        if wide_enough(layer.window, layout) and direct(projected):
+            mixed = packed_attention(projected, layout, heads=heads, others=others, scale=layer.attention_scale)
+        else:
+            query, key, value = projected.unflatten(-1, (heads + 2 * others, -1)).split([heads, others, others], dim=1)
+            mixed = attention(query, key, value, layout, scale=layer.attention_scale, window=layer.window)
+        if wanted is not None:
+            stream, mixed = stream.index_select(0, wanted), mixed.index_select(0, wanted)
+        if can_finish(layer) and direct(stream):
+            return finish(layer, stream, mixed)
+        return self.architecture.finish(layer, stream, mixed)
+
+    def _projected(self, layer: Layer, stream: Tensor, angles: _Angles) -> Tensor:
+        """Queries, keys and values of all packed tokens, [N, (H + 2K) S]; queries and keys rotated."""
         architecture = self.architecture
+        turns = None if layer.rotary is None else angles.of(layer.rotary)
+        if can_project(layer) and direct(stream):
+            return project(layer, stream, architecture.heads + architecture.key_value_heads, turns)
         query, key, value = architecture.attention_inputs(layer, layer.attention_norm(stream))
-        if layer.rotary is not None:
-            cosine, sine = layer.rotary.cosine_sine(layout.position, stream.dtype)
-            cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
+        if turns is not None:
+            cosine, sine = turns[0].unsqueeze(1), turns[1].unsqueeze(1)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        mixed = attention(query, key, value.to(query.dtype), layout, scale=layer.attention_scale, window=layer.window)
-        return architecture.finish(layer, stream, mixed)
+        return torch.cat((query, key, value.to(query.dtype)), dim=1).flatten(1)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float, window: int | None) -> Tensor:
-    """Causal attention within rows, [N, H * S], in plain torch operations.
+class _Angles:
+    """Cosines and sines of packed positions, once for all layers with the same frequencies."""
 
-    Behind a row's end stands token 0, which no position of the row can see.
+    def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
+        self._layout, self._dtype = layout, dtype
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    Args:
-        query: [N, H, S] of packed tokens.
-        key, value: [N, K, S], K a divisor of H.
-        layout: whose rows.
-        scale: multiplies products.
-        window: a position sees itself and `window - 1` before it; None for all before it.
-    """
-    rows, longest = layout.index.shape
+    def of(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """[N, S/2] each."""
+        if id(rotary) not in self._found:
+            self._found[id(rotary)] = self._new(rotary)
+        return self._found[id(rotary)]
 
-    def unpacked(x: Tensor) -> Tensor:
-        table = x if layout.plain else x.index_select(0, layout.index.flatten())
-        return table.view(rows, longest, *x.shape[1:]).transpose(1, 2)
-
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    mask = None
-    if window is not None and window < longest:
-        place = torch.arange(longest, device=query.device)
-        mask = (place.unsqueeze(-1) >= place) & (place.unsqueeze(-1) - place < window)
-    mixed = scaled_dot_product_attention(
-        unpacked(query), unpacked(key), unpacked(value), attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-    return mixed if layout.plain else mixed.index_select(0, layout.back)
+    def _new(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        longest = self._layout.index.shape[1]
+        place = torch.arange(longest, device=self._layout.position.device)
+        cosine, sine = rotary.cosine_sine(place, self._dtype)
+        return cosine.index_select(0, self._layout.position), sine.index_select(0, self._layout.position)
 
 
 @final
