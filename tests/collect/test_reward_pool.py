@@ -13,7 +13,7 @@ from upslope.collect.rewards import dispatch
 from upslope.collect.rewards.calling import CallError, shorten
 from upslope.collect.rewards.pool import RewardPool
 from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Reward
-from upslope.collect.rewards.splitting import score_in_parts
+from upslope.collect.rewards.splitting import divide, score_in_parts
 from upslope.errors import UsageError
 
 EXAMPLES = Path(reward_examples.__file__)
@@ -130,9 +130,17 @@ def test_an_inline_batch_is_divided_down_to_its_culprits_and_no_further_than_the
             raise CallError("five")
         return [float(row) for row in rows]
 
-    assert score_in_parts(attempt, 8, budget=60.0) == [0.0, 1.0, 2.0, 3.0, 4.0, Failed("five"), 6.0, 7.0]
-    assert len(calls) == 7
+    assert score_in_parts(attempt, 64, budget=60.0) == [float(row) if row != 5 else Failed("five") for row in range(64)]
+    assert [len(rows) for rows in calls] == [64] + [8] * 8 + [1] * 8
     assert all("used up" in outcome.reason for outcome in score_in_parts(attempt, 8, budget=0.0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 100])
+def test_parts_are_all_rows_once(count):
+    parts = divide(range(3, 3 + count))
+    assert [row for part in parts for row in part] == list(range(3, 3 + count))
+    assert all(parts)
+    assert len(parts) == min(count, 8)
 
 
 def test_a_failure_that_smaller_parts_cannot_help_is_not_tried_again():

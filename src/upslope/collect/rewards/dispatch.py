@@ -12,7 +12,7 @@ from typing import Any
 from upslope.collect.rewards.calling import Accepted
 from upslope.collect.rewards.processes import Worker, WorkerGoneError
 from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Outcome
-from upslope.collect.rewards.splitting import given_up, halves
+from upslope.collect.rewards.splitting import divide, given_up
 from upslope.errors import UsageError
 
 RETRIES = 10
@@ -238,7 +238,7 @@ class Dispatcher:
         if len(job.rows) == 1 or not divisible:
             self._fail_rows(job, Failed(reason))
         else:
-            self._jobs.extend(Job(job.name, rows, reason) for rows in halves(job.rows))
+            self._jobs.extend(Job(job.name, rows, reason) for rows in divide(job.rows))
 
     def _fail_load(self, job: Job, reason: str) -> None:
         if job.name not in self._known:

@@ -33,9 +33,15 @@ class RewardPool:
     lists of one length; the columns are those of the data, and a function without `**columns` gets only those that it
     names. Prompts and completions are plain text, as TRL gives them for prompts that are not conversational: a
     function that wants lists of messages must read the text instead. It returns one number or None ("not applicable")
-    per completion, or is an `async def` that does. It should judge each completion by itself: calls are split among
-    the workers, and a call that fails is tried again in halves (see `upslope.collect.rewards.splitting`), so that
-    only the completion it fails on is without a score.
+    per completion, or is an `async def` that does.
+
+    It should judge each completion by itself: a batch is split among the workers, and a call that raises, hangs, dies
+    or returns another number of scores is tried again in up to eight parts, down to single completions, so that only
+    those fail on which it does (`upslope.collect.rewards.splitting`). For that each function has the time of ten calls
+    of the longest kind per batch (`upslope.collect.rewards.dispatch.RETRIES`); what is left then fails with its part.
+    Before each call in a worker Python's `random` is seeded from the completions, and strings hash alike in all
+    workers. A file should import at its top what it needs: that counts as loading, which has a deadline of its own.
+    What functions print goes to standard error. Inline functions run here, without a deadline.
 
     Args:
         rewards: the parts; at least one, with names of their own.

@@ -5,15 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
 
 from upslope.collect.rewards.calling import CallError
 from upslope.collect.rewards.protocol import Failed, Outcome
 
+PARTS = 8
+"""Into how many parts a failed batch is divided: one culprit among 256 is found by 3 failed calls more, not 8."""
 
-def halves(rows: range) -> tuple[range, range]:
-    """The first and the second half."""
-    middle = rows.start + len(rows) // 2
-    return range(rows.start, middle), range(middle, rows.stop)
+
+def divide(rows: range) -> list[range]:
+    """Up to `PARTS` contiguous parts of nearly equal size, none of them empty."""
+    parts = min(PARTS, len(rows))
+    bounds = [rows.start + len(rows) * part // parts for part in range(parts + 1)]
+    return [range(first, last) for first, last in pairwise(bounds)]
 
 
 def given_up(reason: str, rows: range, budget: float) -> Failed:
@@ -24,7 +29,7 @@ def given_up(reason: str, rows: range, budget: float) -> Failed:
 
 
 def score_in_parts(attempt: Callable[[range], list[Outcome]], count: int, *, budget: float) -> list[Outcome]:
-    """Score rows in one call; what fails is tried again in halves, the larger parts first.
+    """Score rows in one call; what fails is tried again in smaller parts, the larger first.
 
     Args:
         attempt: scores these rows or raises `CallError`.
@@ -48,7 +53,7 @@ def score_in_parts(attempt: Callable[[range], list[Outcome]], count: int, *, bud
         if len(rows) == 1 or not divisible:
             outcomes.update((row, Failed(reason)) for row in rows)
         elif time.monotonic() < limit:
-            parts.extend(halves(rows))
+            parts.extend(divide(rows))
         else:
             outcomes.update((row, given_up(reason, rows, budget)) for row in rows)
     return [outcomes[row] for row in range(count)]
