@@ -13,7 +13,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Outcome
+from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Outcome, Reply
 
 LONGEST_REASON = 500
 _NOT_SCORES = (str, bytes, Mapping)
@@ -85,8 +85,9 @@ def call(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     *,
+    texts: bool,
     runner: asyncio.Runner | None = None,
-) -> list[Outcome]:
+) -> list[Any]:
     """Call a reward function once and judge what it returns.
 
     Args:
@@ -95,20 +96,21 @@ def call(
         prompts: `[n]`.
         completions: `[n]`.
         columns: by name `[n]` values.
+        texts: whether it returns replies instead of scores.
         runner: the event loop for a function that returns an awaitable; one of its own if None.
 
     Returns:
-        One outcome per completion.
+        One outcome per completion, or one reply.
 
     Raises:
-        CallError: if the function raised, or returned anything but `n` scores.
+        CallError: if the function raised, or returned anything but `n` scores or replies.
     """
     arguments = accepted.choose({**columns, "prompts": list(prompts), "completions": list(completions)})
     try:
         returned = function(**arguments)
         if inspect.isawaitable(returned):
             returned = _finish(returned, runner)
-        return judge(returned, len(completions))
+        return judge(returned, len(completions), texts=texts)
     except CallError:
         raise
     except IndivisibleError as error:
@@ -129,19 +131,27 @@ def _finish(awaitable: Any, runner: asyncio.Runner | None) -> Any:
         return own.run(wait())
 
 
-def judge(returned: Any, count: int) -> list[Outcome]:
-    """What was returned as one outcome per completion.
+def judge(returned: Any, count: int, *, texts: bool) -> list[Any]:
+    """What was returned as one outcome per completion, or one reply.
 
     Raises:
         CallError: if it is not a sequence, or has another length.
     """
+    wanted = "replies" if texts else "scores"
     if isinstance(returned, _NOT_SCORES) or not isinstance(returned, Iterable):
-        raise CallError(f"it returned {_kind(returned)} instead of a list of {count} scores")
-    scores = list(islice(returned, count + 1))
-    if len(scores) != count:
-        found = "more" if len(scores) > count else str(len(scores))
-        raise CallError(f"it returned {found} scores for {count} completions")
-    return [judge_score(score) for score in scores]
+        raise CallError(f"it returned {_kind(returned)} instead of a list of {count} {wanted}")
+    answers = list(islice(returned, count + 1))
+    if len(answers) != count:
+        found = "more" if len(answers) > count else str(len(answers))
+        raise CallError(f"it returned {found} {wanted} for {count} completions")
+    return [judge_reply(answer) if texts else judge_score(answer) for answer in answers]
+
+
+def judge_reply(reply: Any) -> Reply:
+    """One reply: a text, or None where there is nothing to say; anything else has failed."""
+    if reply is None:
+        return NOT_APPLICABLE
+    return reply if isinstance(reply, str) else Failed(f"it returned {_kind(reply)} instead of a text or None")
 
 
 def judge_score(score: Any) -> Outcome:

@@ -11,7 +11,7 @@ from typing import Any
 
 from upslope.collect.rewards.calling import Accepted
 from upslope.collect.rewards.processes import Worker, WorkerGoneError
-from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Outcome
+from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Outcome, Reply
 from upslope.collect.rewards.splitting import divide, given_up
 from upslope.errors import UsageError
 
@@ -66,6 +66,7 @@ class Dispatcher:
         deadline: seconds that a call may take.
         load_deadline: seconds that starting a worker and loading a function may take.
         main_module: how workers find the main module; empty if they need not.
+        replying: the name of the function that returns replies instead of scores; None for none.
         workers: those that live.
     """
 
@@ -74,27 +75,38 @@ class Dispatcher:
     deadline: float
     load_deadline: float
     main_module: Mapping[str, str]
+    replying: str | None
     workers: list[Worker] = field(default_factory=list[Worker])
     _known: dict[str, _Known] = field(default_factory=dict[str, _Known], init=False)
     _busy: dict[Worker, _Running] = field(default_factory=dict[Worker, "_Running"], init=False)
     _jobs: deque[Job] = field(default_factory=deque[Job], init=False)
     _spent: dict[str, float] = field(default_factory=dict[str, float], init=False)
-    _found: dict[str, dict[int, Outcome]] = field(default_factory=dict[str, dict[int, Outcome]], init=False)
+    _found: dict[str, dict[int, Any]] = field(default_factory=dict[str, dict[int, Any]], init=False)
 
     def score(self, batch: Batch) -> dict[str, list[Outcome]]:
-        """Outcomes by function, one per row.
+        """Outcomes by reward function, one per row.
 
         Raises:
             UsageError: if a function cannot be loaded, or needs a column that is missing, or one cannot be sent.
         """
+        return self._ask(batch, [name for name in self.functions if name != self.replying])
+
+    def reply(self, batch: Batch) -> list[Reply]:
+        """What the function that replies says to each row.
+
+        Raises:
+            UsageError: as `score`.
+        """
+        assert self.replying is not None
+        return self._ask(batch, [self.replying])[self.replying]
+
+    def _ask(self, batch: Batch, names: Sequence[str]) -> dict[str, list[Any]]:
         rows = len(batch.completions)
         parts = min(self.count, rows)
         bounds = [rows * part // parts for part in range(parts + 1)] if parts else []
-        self._found = {name: {} for name in self.functions}
-        self._spent = dict.fromkeys(self.functions, 0.0)
-        self._jobs.extend(
-            Job(name, range(bounds[part], bounds[part + 1])) for name in self.functions for part in range(parts)
-        )
+        self._found = {name: {} for name in names}
+        self._spent = dict.fromkeys(names, 0.0)
+        self._jobs.extend(Job(name, range(bounds[part], bounds[part + 1])) for name in names for part in range(parts))
         try:
             while self._jobs or self._busy:
                 self._start_jobs(batch)
@@ -148,6 +160,7 @@ class Dispatcher:
             "prompts": list(batch.prompts[rows]),
             "completions": list(batch.completions[rows]),
             "columns": {name: list(values[rows]) for name, values in columns.items()},
+            "texts": job.name == self.replying,
         }
         fresh = self._busy[worker].loading
         try:
@@ -160,7 +173,7 @@ class Dispatcher:
                 self._jobs.appendleft(job)
         except Exception as error:
             raise UsageError(
-                f"the columns for reward {job.name!r} ({', '.join(columns) or 'none'}) cannot be sent to another "
+                f"the columns for {self._called(job.name)} ({', '.join(columns) or 'none'}) cannot be sent to another "
                 f"process: {error}; let them hold numbers, texts, lists and dictionaries"
             ) from error
 
@@ -206,14 +219,16 @@ class Dispatcher:
         elif running.loading:
             self._fail_load(job, message["reason"])
         else:
-            raise UsageError(f"a worker process cannot read the columns for reward {job.name!r}: {message['reason']}")
+            raise UsageError(
+                f"a worker process cannot read the columns for {self._called(job.name)}: {message['reason']}"
+            )
 
     def _learn(self, worker: Worker, running: _Running, message: Mapping[str, Any], batch: Batch) -> None:
         """Loaded: see what it accepts, and let the call begin."""
         name, now = running.job.name, time.monotonic()
         names = None if message["names"] is None else frozenset(message["names"])
         accepted = Accepted(names=names, required=frozenset(message["required"]))
-        check_columns(name, accepted, batch.columns)
+        check_columns(self._called(name), accepted, batch.columns)
         longest = max(now - running.since, self._known[name].seconds if name in self._known else 0.0)
         self._known[name] = _Known(accepted, longest)
         worker.loaded.add(name)
@@ -243,7 +258,7 @@ class Dispatcher:
     def _fail_load(self, job: Job, reason: str) -> None:
         if job.name not in self._known:
             raise UsageError(
-                f"reward {job.name!r} cannot be loaded in a worker process: {reason}. A function of your own is best "
+                f"{self._called(job.name)} cannot be loaded in a worker process: {reason}. A function of your own is best "
                 "put into a file and given as path/to/file.py:function"
             )
         self._fail_rows(job, Failed(f"it could not be loaded again after its worker was killed: {reason}"))
@@ -251,10 +266,13 @@ class Dispatcher:
     def _fail_rows(self, job: Job, failed: Failed) -> None:
         self._found[job.name].update(dict.fromkeys(job.rows, failed))
 
+    def _called(self, name: str) -> str:
+        return "what answers the policy's turns" if name == self.replying else f"reward {name!r}"
 
-def _decode(outcome: Any) -> Outcome:
-    if outcome is None:
-        return NOT_APPLICABLE
+
+def _decode(outcome: Any) -> Outcome | Reply:
+    if outcome is None or isinstance(outcome, str):
+        return NOT_APPLICABLE if outcome is None else outcome
     return Failed(outcome["reason"]) if isinstance(outcome, dict) else float(outcome)
 
 
@@ -267,6 +285,6 @@ def check_columns(name: str, accepted: Accepted, columns: Mapping[str, Sequence[
     missing = accepted.missing(columns)
     if missing:
         raise UsageError(
-            f"reward {name!r} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; the data has "
+            f"{name} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; the data has "
             f"{', '.join(columns) or 'none'}. Give such an argument a default, or add the column"
         )

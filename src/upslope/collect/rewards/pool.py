@@ -7,16 +7,18 @@ import math
 import multiprocessing.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from upslope.collect.dialogue import Dialogue
 from upslope.collect.rewards.calling import Accepted, call
 from upslope.collect.rewards.dispatch import Batch, Dispatcher, check_columns
 from upslope.collect.rewards.http import check_address
 from upslope.collect.rewards.processes import PATIENCE, end_workers, main_module_of, refuse_in_worker
-from upslope.collect.rewards.protocol import Columns, Failed, NotApplicable, Outcome, Reward, Scores
+from upslope.collect.rewards.protocol import Columns, Failed, NotApplicable, Outcome, Reply, Reward, Scores
 from upslope.collect.rewards.splitting import score_in_parts
 from upslope.errors import UsageError
 
@@ -24,6 +26,12 @@ LOAD_DEADLINE = 120.0
 """Seconds that a worker may take to start and to import a reward function, apart from its calls."""
 
 RESERVED = ("prompts", "completions")
+
+TURNS = "turns"
+"""The argument with the policy's turns and the replies between them."""
+
+REPLYING = "(replies)"
+"""What the dialogue's function is called among the others."""
 
 
 class RewardPool:
@@ -48,13 +56,20 @@ class RewardPool:
         workers: how many processes at most; they start with the first call and are used again.
         deadline: seconds that one call may take; a worker that takes longer is killed.
         load_deadline: seconds that starting a worker and importing a function may take.
+        dialogue: what answers the policy's turns, called in the same way; None where nothing does.
 
     Raises:
-        UsageError: if a reward cannot be used as given.
+        UsageError: if a reward or the dialogue cannot be used as given.
     """
 
     def __init__(
-        self, rewards: Sequence[Reward], *, workers: int, deadline: float, load_deadline: float = LOAD_DEADLINE
+        self,
+        rewards: Sequence[Reward],
+        *,
+        workers: int,
+        deadline: float,
+        load_deadline: float = LOAD_DEADLINE,
+        dialogue: Dialogue | None = None,
     ) -> None:
         refuse_in_worker()
         if workers < 1:
@@ -64,8 +79,12 @@ class RewardPool:
                 raise UsageError(f"{name} must be a positive number of seconds, got {seconds}")
         self.rewards = tuple(rewards)
         check_rewards(self.rewards)
-        self._inline = {reward.name: _inline(reward) for reward in self.rewards if reward.inline}
-        packed = {reward.name: _sendable(reward) for reward in self.rewards if not reward.inline}
+        given = {r.name: (f"reward {r.name!r}", r.function, r.inline) for r in self.rewards}
+        if dialogue is not None:
+            given[REPLYING] = "what answers the policy's turns", dialogue.reply, dialogue.inline
+        self._inline = {name: _inline(what, function) for name, (what, function, inline) in given.items() if inline}
+        packed = {name: _sendable(what, function) for name, (what, function, inline) in given.items() if not inline}
+        self._replies = dialogue is not None
         self._deadline = deadline
         self._lock = threading.Lock()
         self._dispatcher = Dispatcher(
@@ -74,6 +93,7 @@ class RewardPool:
             deadline=deadline,
             load_deadline=load_deadline,
             main_module=main_module_of([data for _, data in packed.values()]),
+            replying=REPLYING if REPLYING in packed else None,
         )
         processes = self._dispatcher.workers
         self._finalizer = multiprocessing.util.Finalize(self, end_workers, args=(processes,), exitpriority=100)
@@ -94,32 +114,59 @@ class RewardPool:
             ValueError: if the lengths differ.
             UsageError: if a function needs a column that the data does not have, or cannot be loaded at all.
         """
-        if not len(prompts) == len(completions) == len(columns):
-            raise ValueError(
-                "prompts, completions and columns must have one length, got "
-                f"{len(prompts)}, {len(completions)} and {len(columns)}"
-            )
-        by_name = transpose(columns)
+        batch = _batch(prompts, completions, columns)
         with self._lock:
-            parts = {name: self._score_inline(name, prompts, completions, by_name) for name in self._inline}
-            if self._dispatcher.functions:
-                batch = Batch(prompts=prompts, completions=completions, columns=by_name)
+            parts = {r.name: self._call_inline(r.name, f"reward {r.name!r}", batch) for r in self.rewards if r.inline}
+            if len(parts) < len(self.rewards):
                 parts.update(self._dispatcher.score(batch))
         ordered = {reward.name: tuple(parts[reward.name]) for reward in self.rewards}
         return Scores(total=totals(self.rewards, ordered, len(completions)), parts=ordered)
 
-    def _score_inline(
-        self, name: str, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> list[Outcome]:
+    def reply(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        turns: Sequence[Sequence[str]],
+        columns: Columns,
+    ) -> list[Reply]:
+        """What the dialogue answers in these conversations.
+
+        Args:
+            prompts: `[n]` texts.
+            completions: `[n]` texts, everything after the prompt so far.
+            turns: `[n]` lists, the same as the policy's turns and the replies between them.
+            columns: `[n]` mappings, as in `score`.
+
+        Returns:
+            Per conversation a text, "not applicable" where it is over, or why the call failed.
+
+        Raises:
+            ValueError: if the lengths differ, or the pool was made without a dialogue.
+            UsageError: as `score`.
+        """
+        if not self._replies:
+            raise ValueError("this pool was made without a dialogue: RewardPool(..., dialogue=task.dialogue)")
+        if len(turns) != len(prompts):
+            raise ValueError(f"got the turns of {len(turns)} conversations for {len(prompts)} prompts")
+        batch = _batch(prompts, completions, columns)
+        if TURNS in batch.columns:
+            raise UsageError(f"the data has a column {TURNS!r}, as what answers the policy gets its turns; rename it")
+        batch = replace(batch, columns={**batch.columns, TURNS: [list(said) for said in turns]})
+        with self._lock:
+            if REPLYING in self._inline:
+                return self._call_inline(REPLYING, "what answers the policy's turns", batch)
+            return self._dispatcher.reply(batch)
+
+    def _call_inline(self, name: str, what: str, batch: Batch) -> list[Any]:
         function, accepted = self._inline[name]
-        check_columns(name, accepted, columns)
+        check_columns(what, accepted, batch.columns)
 
-        def attempt(rows: range) -> list[Outcome]:
-            part = {column: [values[row] for row in rows] for column, values in columns.items()}
-            chosen = [prompts[row] for row in rows], [completions[row] for row in rows]
-            return call(function, accepted, *chosen, part)
+        def attempt(rows: range) -> list[Any]:
+            part = {column: [values[row] for row in rows] for column, values in batch.columns.items()}
+            chosen = [batch.prompts[row] for row in rows], [batch.completions[row] for row in rows]
+            return call(function, accepted, *chosen, part, texts=name == REPLYING)
 
-        return score_in_parts(attempt, len(completions), budget=self._deadline)
+        return score_in_parts(attempt, len(batch.completions), budget=self._deadline)
 
     def close(self) -> None:
         """End all workers; another call of `score` would start new ones."""
@@ -156,40 +203,47 @@ def check_rewards(rewards: Sequence[Reward]) -> None:
             )
 
 
-def _inline(reward: Reward) -> tuple[Callable[..., Any], Accepted]:
-    function = reward.function
+def _inline(what: str, function: Callable[..., Any] | str) -> tuple[Callable[..., Any], Accepted]:
     if isinstance(function, str) or inspect.iscoroutinefunction(function):
-        raise UsageError(f"reward {reward.name!r} is inline: give a plain function, or leave inline out")
+        raise UsageError(f"{what} is inline: give a plain function, or leave inline out")
     try:
         return function, Accepted.of(function)
     except ValueError as error:
-        raise UsageError(f"reward {reward.name!r}: {error}") from error
+        raise UsageError(f"{what}: {error}") from error
 
 
-def _sendable(reward: Reward) -> tuple[Any, bytes]:
+def _sendable(what: str, function: Callable[..., Any] | str) -> tuple[Any, bytes]:
     """What a worker is told, so that it finds the function, and the same as bytes."""
-    function = reward.function
     if isinstance(function, str):
-        return _place(reward.name, function), b""
+        return _place(what, function), b""
     try:
         return function, bytes(ForkingPickler.dumps(function))
     except Exception as error:
         raise UsageError(
-            f"reward {reward.name!r} cannot be sent to a worker process: {error}. Lambdas and functions within "
+            f"{what} cannot be sent to a worker process: {error}. Lambdas and functions within "
             "functions cannot; put it into a file and give path/to/file.py:function"
         ) from error
 
 
-def _place(name: str, given: str) -> str:
+def _place(what: str, given: str) -> str:
     if "://" in given:
         check_address(given)
         return given
     file, colon, function = given.rpartition(":")
     if not (colon and file and function):
-        raise UsageError(f"reward {name!r} is {given!r}; give path/to/file.py:function or an http:// address")
+        raise UsageError(f"{what} is {given!r}; give path/to/file.py:function or an http:// address")
     if not Path(file).is_file():
-        raise UsageError(f"reward {name!r}: there is no file {file!r}")
+        raise UsageError(f"{what}: there is no file {file!r}")
     return f"{Path(file).resolve()}:{function}"
+
+
+def _batch(prompts: Sequence[str], completions: Sequence[str], columns: Columns) -> Batch:
+    if not len(prompts) == len(completions) == len(columns):
+        raise ValueError(
+            "prompts, completions and columns must have one length, got "
+            f"{len(prompts)}, {len(completions)} and {len(columns)}"
+        )
+    return Batch(prompts=prompts, completions=completions, columns=transpose(columns))
 
 
 def transpose(columns: Columns) -> dict[str, list[Any]]:

@@ -44,6 +44,10 @@ class NotApplicable:
 NOT_APPLICABLE: Final = NotApplicable()
 
 Outcome: TypeAlias = float | NotApplicable | Failed
+"""Of a reward function and a completion."""
+
+Reply: TypeAlias = str | NotApplicable | Failed
+"""Of what answers the policy's turns; "not applicable" says that the conversation is over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from upslope.collect.rewards import processes
 from upslope.collect.rewards.calling import Accepted, CallError, call, describe, seed_from
 from upslope.collect.rewards.functions import warm_up
 from upslope.collect.rewards.http import HttpReward
-from upslope.collect.rewards.protocol import Failed, NotApplicable, Outcome
+from upslope.collect.rewards.protocol import Failed, NotApplicable, Outcome, Reply
 from upslope.user_code import function_from_file
 
 _Functions: TypeAlias = dict[str, tuple[Callable[..., Any], Accepted]]
@@ -64,7 +64,8 @@ def _answer(
         function, accepted = functions[message["name"]]
         seed_from(message["completions"])
         columns = message["columns"]
-        outcomes = call(function, accepted, message["prompts"], message["completions"], columns, runner=runner)
+        given = message["prompts"], message["completions"], columns
+        outcomes = call(function, accepted, *given, texts=message["texts"], runner=runner)
     except CallError as error:
         return {"kind": "failed", "reason": str(error), "divisible": error.divisible}
     return {"kind": "scored", "outcomes": [_encode(outcome) for outcome in outcomes]}
@@ -93,7 +94,7 @@ def _find(given: Any, seconds: float) -> Callable[..., Any]:
     return function_from_file(given, what="reward")
 
 
-def _encode(outcome: Outcome) -> Any:
+def _encode(outcome: Outcome | Reply) -> Any:
     if isinstance(outcome, Failed):
         return {"reason": outcome.reason}
     return None if isinstance(outcome, NotApplicable) else outcome

@@ -6,9 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 from upslope.collect.rewards.calling import CallError
-from upslope.collect.rewards.protocol import Failed, Outcome
+from upslope.collect.rewards.protocol import Failed
+
+_Answer = TypeVar("_Answer")
 
 PARTS = 8
 """Into how many parts a failed batch is divided: one culprit among 256 is found by 3 failed calls more, not 8."""
@@ -28,7 +31,7 @@ def given_up(reason: str, rows: range, budget: float) -> Failed:
     )
 
 
-def score_in_parts(attempt: Callable[[range], list[Outcome]], count: int, *, budget: float) -> list[Outcome]:
+def score_in_parts(attempt: Callable[[range], list[_Answer]], count: int, *, budget: float) -> list[_Answer | Failed]:
     """Score rows in one call; what fails is tried again in smaller parts, the larger first.
 
     Args:
@@ -39,7 +42,7 @@ def score_in_parts(attempt: Callable[[range], list[Outcome]], count: int, *, bud
     Returns:
         One outcome per row.
     """
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, _Answer | Failed] = {}
     parts = deque([range(count)] if count else [])
     limit = None
     while parts:
