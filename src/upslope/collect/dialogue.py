@@ -37,3 +37,5 @@ class Dialogue:
         """Refuse numbers that have no meaning."""
         if self.turns < 1:
             raise ValueError(f"turns must be at least 1, got {self.turns}")
+        if isinstance(self.reply, str) and "://" in self.reply:
+            raise ValueError(f"reply is a function or path/to/file.py:function, got {self.reply!r}")

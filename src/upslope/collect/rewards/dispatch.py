@@ -258,8 +258,8 @@ class Dispatcher:
     def _fail_load(self, job: Job, reason: str) -> None:
         if job.name not in self._known:
             raise UsageError(
-                f"{self._called(job.name)} cannot be loaded in a worker process: {reason}. A function of your own is best "
-                "put into a file and given as path/to/file.py:function"
+                f"{self._called(job.name)} cannot be loaded in a worker process: {reason}. A function of your own is "
+                "best put into a file and given as path/to/file.py:function"
             )
         self._fail_rows(job, Failed(f"it could not be loaded again after its worker was killed: {reason}"))
 

@@ -79,7 +79,9 @@ class RewardPool:
                 raise UsageError(f"{name} must be a positive number of seconds, got {seconds}")
         self.rewards = tuple(rewards)
         check_rewards(self.rewards)
-        given = {r.name: (f"reward {r.name!r}", r.function, r.inline) for r in self.rewards}
+        given: dict[str, tuple[str, Callable[..., Any] | str, bool]] = {
+            r.name: (f"reward {r.name!r}", r.function, r.inline) for r in self.rewards
+        }
         if dialogue is not None:
             given[REPLYING] = "what answers the policy's turns", dialogue.reply, dialogue.inline
         self._inline = {name: _inline(what, function) for name, (what, function, inline) in given.items() if inline}
