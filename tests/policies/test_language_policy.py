@@ -84,6 +84,18 @@ def test_sharing_beginnings_changes_nothing(kind: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_runs_and_buckets_are_the_same_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, rows = tiny_policy(kind, dtype=torch.float64), sample_rows(group=6)
+    assert packing.pack(rows.observation, torch.arange(2, 14)).buckets
+    buckets = evaluated(policy, rows)
+    monkeypatch.setattr(packing, "PAIRS_PER_RUN", -(10**9))
+    assert not packing.pack(rows.observation, torch.arange(2, 14)).buckets
+    runs = evaluated(policy, rows)
+    torch.testing.assert_close(buckets[0], runs[0], atol=1e-13, rtol=0.0)
+    assert_equal_gradients(buckets[1], runs[1], 1e-13)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_neither_padding_nor_order_nor_batches_change_anything(kind: str) -> None:
     policy, rows = tiny_policy(kind, dtype=torch.float64), sample_rows()
     log_prob, gradient = evaluated(policy, rows)

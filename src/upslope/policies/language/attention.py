@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
 
-from upslope.policies.language.packing import Layout, Run
+from upslope.policies.language.packing import Bucket, Layout, Run
 
 _aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scal
 
 
 def packed_attention(projected: Tensor, layout: Layout, *, heads: int, others: int, scale: float) -> Tensor:
-    """The same as `attention` without a window, [N, H * S], run by run on the CPU's own kernel without any padding.
+    """The same as `attention` without a window, [N, H * S], on the CPU's own kernel, run by run or bucket by bucket.
 
     Args:
         projected: [N, (H + 2K) S] queries, keys and values of packed tokens in a row.
@@ -61,7 +61,55 @@ def packed_attention(projected: Tensor, layout: Layout, *, heads: int, others: i
         others: K.
         scale: multiplies products.
     """
-    return cast(Tensor, _PackedAttention.apply(projected, layout, heads, others, scale))
+    function = _BucketAttention if layout.buckets else _PackedAttention
+    return cast(Tensor, function.apply(projected, layout, heads, others, scale))
+
+
+class _BucketAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, layout: Layout, heads: int, others: int, scale: float) -> Tensor:
+        size = projected.shape[1] // (heads + 2 * others)
+        mixed = projected.new_empty(len(projected), heads * size)
+        saved: list[Tensor] = []
+        for bucket in layout.buckets:
+            query, key, value = _whole(projected, bucket, heads, others)
+            output, sum_ = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
+            flat = output.transpose(1, 2).reshape(-1, heads * size)
+            mixed.index_copy_(0, bucket.number, flat.index_select(0, bucket.place))
+            saved += [output, sum_]
+        ctx.save_for_backward(projected, *saved)
+        ctx.settings = layout, heads, others, scale
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        projected, *saved = ctx.saved_tensors
+        layout, heads, others, scale = ctx.settings
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, projected, gradients[0])
+        whole = torch.zeros_like(projected)
+        for number, bucket in enumerate(layout.buckets):
+            output, sum_ = saved[2 * number : 2 * number + 2]
+            flat = projected.new_zeros(bucket.index.numel(), gradients[0].shape[1])
+            flat.index_copy_(0, bucket.place, gradients[0].index_select(0, bucket.number))
+            gradient = flat.view(*bucket.index.shape, heads, -1).transpose(1, 2)
+            parts = _whole(projected, bucket, heads, others)
+            found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient, *parts, output, sum_, 0.0, True, scale=scale
+            )
+            to_query, to_key, to_value = (part.transpose(1, 2) for part in found)
+            more = (_joined(to_query, heads), _joined(to_key, others), _joined(to_value, others))
+            whole.index_add_(0, bucket.index.flatten(), torch.cat(more, dim=1))
+        return whole, None, None, None, None
+
+
+def _whole(projected: Tensor, bucket: Bucket, heads: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [r, H, length, S] of a bucket's rows."""
+    rows = projected.index_select(0, bucket.index.flatten()).view(*bucket.index.shape, heads + 2 * others, -1)
+    query, key, value = rows.split([heads, others, others], dim=2)
+    if heads != others:
+        key, value = (part.repeat_interleave(heads // others, dim=2) for part in (key, value))
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class _PackedAttention(Function):
