@@ -133,10 +133,11 @@ def test_messages_pairs_and_labels():
         (b'{"prompt": [{"role": "user"}]}\n', "line 1: column 'prompt': a message has"),
         (b'{"prompt": "a", "answer": NaN}\n', "line 1: not JSON: NaN is no JSON number"),
         (b'{"prompt": "a", "x": ' + b"[" * 100_000, "line 1: not JSON"),
+        (b'{"prompt": "\\ud83d"}\n', "line 1: holds half of a surrogate pair"),
         (b"", "holds no rows"),
         (b"\n \n", "holds no rows"),
     ],
-    ids=["json", "utf8", "array", "column", "number", "message", "nan", "deep", "empty", "blank"],
+    ids=["json", "utf8", "array", "column", "number", "message", "nan", "deep", "surrogate", "empty", "blank"],
 )
 def test_a_bad_line_is_named(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"

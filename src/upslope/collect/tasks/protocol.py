@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
+from upslope.collect.dialogue import Dialogue
 from upslope.collect.rewards.protocol import Reward
 
 
@@ -25,12 +26,23 @@ class Example:
         completion: an answer to learn from (demonstrations, the chosen one of a pair); None where there is none.
         rejected: the worse answer of a pair; None where there is none.
         columns: whatever else the line holds; reward functions get it by name.
+        turns: `completion` as a conversation: the policy's first turn, the reply to it, ..., the policy's last turn;
+            joined they are the completion. None where it is a single turn. Replies are read and not learnt.
     """
 
     prompt: str | tuple[Message, ...]
     completion: str | None = None
     rejected: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    turns: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse turns that are not those of the completion."""
+        if self.turns is not None and (len(self.turns) % 2 == 0 or "".join(self.turns) != self.completion):
+            raise ValueError(
+                "turns are the policy's, the reply's, ..., the policy's and joined the completion, got "
+                f"{len(self.turns)} turns {self.turns} of the completion {self.completion!r}"
+            )
 
 
 class Examples(Protocol):
@@ -56,7 +68,8 @@ class Task:
         rewards: what a completion is worth: the weighted sum of these.
         correct: the name of the reward that is 1 for a right answer: accuracy is its mean.
         alphabet: every character that texts may hold, for a character tokenizer; None where a tokenizer is given.
-        stop: strings that end a completion.
+        stop: strings that end a completion, or a turn of it.
+        dialogue: answers the policy's turns; None where a completion is a single turn.
     """
 
     name: str
@@ -66,6 +79,7 @@ class Task:
     correct: str
     alphabet: str | None = None
     stop: tuple[str, ...] = ()
+    dialogue: Dialogue | None = None
 
 
 class TaskConfig(Protocol):

@@ -191,6 +191,10 @@ def _decoded(line: bytes, where: str, *, first: bool) -> str:
 def _object(text: str, where: str) -> Row:
     try:
         value = json.loads(text, parse_constant=_no_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        _refuse(where, "holds half of a surrogate pair, which is no character")
     except (ValueError, RecursionError) as error:
         _refuse(where, f"not JSON: {error}")
     if not isinstance(value, dict):
