@@ -41,6 +41,9 @@ def test_initial_weights_keep_sizes(architecture: str) -> None:
         if name.endswith(".bias"):
             assert not parameter.any()
         assert parameter.dtype == torch.float32
+        if name.split(".")[-2] in ("o_proj", "down_proj", "c_proj"):
+            inputs = parameter.shape[0 if architecture == "gpt2" else 1]
+            assert float(parameter.std()) == pytest.approx((inputs * 24) ** -0.5, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +89,13 @@ def test_the_end_token_is_learnt_like_any_other(tmp_path: Path, architecture: st
         assert policy.model.get_input_embeddings().weight.grad[0].any()
 
 
-def test_dropout_is_off(tmp_path: Path) -> None:
-    save_foreign(tmp_path, architecture="gpt2")
+@pytest.mark.parametrize(
+    ("architecture", "dropout"), [("gpt2", {"resid_pdrop": 0.5}), ("llama", {"attention_dropout": 0.5})]
+)
+def test_dropout_is_off(tmp_path: Path, architecture: str, dropout: dict) -> None:
+    save_foreign(tmp_path, architecture=architecture)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "resid_pdrop": 0.5, "attn_pdrop": 0.5}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **dropout}))
     policy = build(source=tmp_path)
     assert {module.p for module in policy.modules() if isinstance(module, nn.Dropout)} == {0.0}
     policy.model.train()

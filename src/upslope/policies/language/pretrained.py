@@ -137,7 +137,7 @@ def _without_dropout(config: Any) -> None:
     if "quantization_config" in settings and settings["quantization_config"] is not None:
         raise ValueError("its weights are quantised and cannot be trained: take a version that is not")
     for name, value in list(settings.items()):
-        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, float):
+        if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
 
 
