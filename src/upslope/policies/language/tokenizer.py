@@ -310,6 +310,8 @@ def load_tokenizer(source: str | Path, *, end_token: str | None = None) -> Token
         except (OSError, ValueError, KeyError) as error:
             place = f"folder {folder}" if local else f"hub name {str(source)!r} (there is no folder of that name)"
             raise UsageError(f"no tokenizer could be loaded from the {place}: {_first_line(error)}") from error
+        for how_it_was_loaded in ("is_local", "local_files_only"):
+            backend.init_kwargs.pop(how_it_was_loaded, None)
         return Tokenizer(backend, end_token=end_token, more_ends=_configured_ends(name, local=local))
 
 
