@@ -30,15 +30,27 @@ class Completion:
     Attributes:
         tokens: in order, the end token included where there is one.
         log_prob: of each, under the distribution it was drawn from (temperature, top-k and top-p included; of the
-            untempered model where sampling is greedy).
+            untempered model where sampling is greedy); NaN where the policy did not choose.
         ended: whether it chose an end token or completed a stop string; False: the length limit cut it.
         version: of the weights.
+        chosen: whether the policy chose each token, False for replies in a conversation; None for all of them, as
+            engines bring it. The last one is chosen.
+        turns: of the policy.
+        failed: why a conversation broke off, where it did.
     """
 
     tokens: tuple[int, ...]
     log_prob: tuple[float, ...]
     ended: bool
     version: int
+    chosen: tuple[bool, ...] | None = None
+    turns: int = 1
+    failed: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy chose."""
+        return len(self.tokens) if self.chosen is None else sum(self.chosen)
 
 
 class Engine(Protocol):

@@ -45,6 +45,10 @@ class Cache:
 
     Attributes:
         clock: the time that the next step writes to.
+        first: the earliest beginning.
+        begin: [live] the beginnings of the sequences in use.
+        masked: whether beginnings differ.
+        keys, values: one [live * key_value_heads, capacity, S] per layer.
     """
 
     def __init__(self, model: PreparedModel, slots: int, clock: int, capacity: int) -> None:
@@ -72,18 +76,22 @@ class Cache:
             slots: the slots.
         """
         begin = self.clock - prompts.length
-        place = torch.tensor(slots, device=self._device)
-        chosen = prompts.memory.index_select(2, torch.tensor(index, device=self._device))
-        self.memory[:, :, place, :, begin : self.clock] = chosen
+        first, end = slots[0], slots[-1] + 1
+        if list(slots) == list(range(first, end)):
+            chosen = prompts.memory.index_select(2, torch.tensor(index, device=self._device))
+            self.memory[:, :, first:end, :, begin : self.clock] = chosen
+        else:
+            for slot, place in zip(slots, index, strict=True):
+                self.memory[:, :, slot, :, begin : self.clock] = prompts.memory[:, :, place]
         for slot in slots:
             self.beginning[slot] = begin
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Put the sequences of some slots into others."""
-        source, target = (torch.tensor(slots, device=self._device) for slots in (sources, targets))
-        self.memory[:, :, target, :, self.first : self.clock] = self.memory[:, :, source, :, self.first : self.clock]
-        for old, new in zip(sources, targets, strict=True):
-            self.beginning[new] = self.beginning[old]
+        used = self.memory[..., self.first : self.clock, :]
+        for source, target in zip(sources, targets, strict=True):
+            used[:, :, target] = used[:, :, source]
+            self.beginning[target] = self.beginning[source]
 
     def arranged(self, live: int, vacant: Sequence[int] = ()) -> None:
         """The first `live` slots are computed from now on, as `admit` and `move` left them.
@@ -99,8 +107,7 @@ class Cache:
         self.first = min(beginnings)
         self.masked = max(beginnings) > self.first
         self.begin = torch.tensor(beginnings, device=self._device)
-        if self.masked:
-            self._mask()
+        self._look(live)
 
     def make_room(self) -> None:
         """See that the clock's column is there: drop what nobody reads, and grow."""
@@ -114,8 +121,7 @@ class Cache:
         self.begin = self.begin - drop
         self._allocate(max(2 * width, 64))
         self.memory[..., :width, :] = old[..., drop : drop + width, :]
-        if self.masked:
-            self._mask()
+        self._look(len(self.begin))
 
     def bias(self, start: int) -> Tensor:
         """[live * key_value_heads, 1, clock + 1 - start], -inf where a time is before a sequence's beginning."""
@@ -125,6 +131,11 @@ class Cache:
         model = self._model
         shape = (len(model.layers), 2, self.slots, model.key_value_heads, capacity, model.head_size)
         self.memory = torch.zeros(shape, dtype=model.compute, device=self._device)
+
+    def _look(self, live: int) -> None:
+        self.keys, self.values = (list(half[:, :live].flatten(1, 2)) for half in self.memory.unbind(1))
+        if self.masked:
+            self._mask()
 
     def _mask(self) -> None:
         hidden = torch.arange(self.capacity, device=self._device) < self.begin.unsqueeze(1)
@@ -199,24 +210,20 @@ class Decoder:
         Returns:
             [live, V] logits of the token that follows each.
         """
-        model, live = self.model, len(token)
+        model = self.model
         cache.make_room()
         position = (cache.clock - cache.begin).clamp_(max=self._last)
         turns = self._turns_at(position)
-        memory = cache.memory[:, :, :live]
+        clock, after = cache.clock, cache.clock + 1
 
         def attend(number: int, layer: PreparedLayer, query_key_value: Tensor) -> Tensor:
             query, key, value = self._heads(layer, query_key_value, turns)
-            keys, values = memory[number]
-            keys[:, :, cache.clock] = key
-            values[:, :, cache.clock] = value
-            start = cache.first if layer.window is None else max(cache.first, cache.clock + 1 - layer.window)
-            return _attend(
-                query,
-                keys[:, :, start : cache.clock + 1],
-                values[:, :, start : cache.clock + 1],
-                cache.bias(start) if cache.masked else None,
-            )
+            keys, values = cache.keys[number], cache.values[number]
+            keys.select(1, clock).view(key.shape).copy_(key)
+            values.select(1, clock).view(value.shape).copy_(value)
+            start = cache.first if layer.window is None else max(cache.first, after - layer.window)
+            bias = cache.bias(start) if cache.masked else None
+            return _attend(query, keys[:, start:after], values[:, start:after], bias)
 
         logits = model.logits(self._blocks(model.embed(token, position), attend))
         cache.clock += 1
@@ -256,18 +263,16 @@ def _turn(heads: Tensor, turn: Tensor) -> Tensor:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """One query per sequence: [B, H, S] over [B, h, L, S] to [B, H*S]; bias [B*h, 1, L]."""
-    rows, heads, length, size = keys.shape
+    """One query per sequence: [B, H, S] over [B*h, L, S] to [B, H*S]; bias [B*h, 1, L]."""
+    rows, heads, size = query.shape
+    query = query.reshape(len(keys), -1, size)
     if query.dtype == torch.bfloat16:
-        mask = None if bias is None else bias.view(rows, heads, 1, length)[:, :1]
         mixed = scaled_dot_product_attention(
-            query.unsqueeze(2), keys, values, attn_mask=mask, scale=1.0, enable_gqa=query.shape[1] != heads
+            *(part.unsqueeze(0) for part in (query, keys, values)), attn_mask=bias, scale=1.0
         )
-        return mixed.reshape(rows, -1)
-    query = query.reshape(rows * heads, -1, size)
-    keys, values = (part.flatten(0, 1) for part in (keys, values))
+        return mixed.view(rows, heads * size)
     scores = torch.bmm(query, keys.mT) if bias is None else torch.baddbmm(bias, query, keys.mT)
-    return torch.bmm(scores.softmax(-1), values).view(rows, -1)
+    return torch.bmm(scores.softmax(-1), values).view(rows, heads * size)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
