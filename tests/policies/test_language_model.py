@@ -38,12 +38,12 @@ def test_initial_weights_keep_sizes(architecture: str) -> None:
     policy = build(shape=small_shape(architecture, layers=12))
     assert 0.5 < float(logits(policy).std()) < 2.0
     for name, parameter in policy.model.named_parameters():
+        assert parameter.dtype == torch.float32
         if name.endswith(".bias"):
             assert not parameter.any()
-        assert parameter.dtype == torch.float32
-        if name.split(".")[-2] in ("o_proj", "down_proj", "c_proj"):
+        elif name.split(".")[-2] in ("o_proj", "down_proj", "c_proj"):
             inputs = parameter.shape[0 if architecture == "gpt2" else 1]
-            assert float(parameter.std()) == pytest.approx((inputs * 24) ** -0.5, rel=0.2)
+            assert float(parameter.detach().std()) == pytest.approx((inputs * 24) ** -0.5, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_dropout_is_off(tmp_path: Path, architecture: str, dropout: dict) -> Non
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **dropout}))
     policy = build(source=tmp_path)
-    assert {module.p for module in policy.modules() if isinstance(module, nn.Dropout)} == {0.0}
+    assert {module.p for module in policy.modules() if isinstance(module, nn.Dropout)} <= {0.0}
     policy.model.train()
     assert torch.equal(logits(policy), logits(policy))
 
