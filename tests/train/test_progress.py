@@ -33,6 +33,10 @@ def text_of(console: Console) -> str:
     return console.file.getvalue()
 
 
+def display_of(steps: int, title: str, console: Console, clock: Clock) -> ProgressDisplay:
+    return ProgressDisplay(steps, figures=FIGURES, enabled=True, title=title, console=console, clock=clock)
+
+
 METRICS = {"episode_return": 123.45, "kl": 0.0123, "entropy": 0.5, "explained_variance": 0.875, "clip_fraction": 0.05}
 
 

@@ -1,7 +1,7 @@
 """Configurations as files: plain JSON in, the same frozen dataclasses out, and no code run on the way.
 
-Only the dataclasses that a `Run` or a `LanguageRun` is made of can be named in a file. A run whose recipe uses classes of the user's
-own is resumed with that recipe given again.
+Only the dataclasses that a `Run` or a `LanguageRun` is made of can be named in a file. A run whose recipe uses classes
+of the user's own is resumed with that recipe given again.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ class LanguageEvaluationConfig:
         at_least(1, prompts=self.prompts, samples=self.samples, limit=self.limit)
         if any(not 1 <= k <= self.samples for k in self.pass_at):
             raise ValueError(
-                f"pass@k is estimated from the {self.samples} samples of a prompt: each k of pass_at lies between 1 and "
-                f"samples, got {self.pass_at}"
+                f"pass@k is estimated from the {self.samples} samples of a prompt: each k of pass_at lies between 1 "
+                f"and samples, got {self.pass_at}"
             )
 
 
@@ -194,8 +194,8 @@ def check_combination(run: LanguageRun) -> None:
         )
     if passes.groups and isinstance(experience, CompletionConfig) and experience.group < 2:
         raise ValueError(
-            f"{name} compares the completions of a prompt with each other, and experience.group={experience.group} makes "
-            "no groups: set it to at least 2 (8, say)"
+            f"{name} compares the completions of a prompt with each other, and experience.group={experience.group} "
+            "makes no groups: set it to at least 2 (8, say)"
         )
     if passes.critic and not run.model.value_head:
         raise ValueError(f"{name} needs a critic: set model.value_head to True")
@@ -209,8 +209,8 @@ def check_combination(run: LanguageRun) -> None:
         raise ValueError(f"{name} as configured has no reference: set reference to None, or a KL coefficient above 0")
     if passes.minibatches > (count := _sets(experience)):
         raise ValueError(
-            f"an update of {count} rows (or pairs) cannot be cut into {passes.minibatches} minibatches: collect more per "
-            "update, or lower algorithm.minibatches"
+            f"an update of {count} rows (or pairs) cannot be cut into {passes.minibatches} minibatches: collect more "
+            "per update, or lower algorithm.minibatches"
         )
 
 
@@ -224,5 +224,6 @@ def _sets(experience: Experience) -> int:
 def _check_start(run: LanguageRun) -> None:
     if run.start_from is not None and run.model.source is not None:
         raise ValueError(
-            f"a run begins with one policy: start_from={run.start_from!r} or model.source={run.model.source!r}, not both"
+            f"a run begins with one policy: start_from={run.start_from!r} or model.source={run.model.source!r}, not "
+            "both"
         )

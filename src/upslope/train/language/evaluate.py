@@ -1,4 +1,4 @@
-"""Judging a language model on held-out examples: the likeliest completion, drawn ones, and the loss of given answers."""
+"""Judging a language model on held-out examples: its likeliest completion, drawn ones, and what it makes of answers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LanguageReport:
 
     | figure | meaning |
     |---|---|
-    | greedy_accuracy, sampled_accuracy | mean of the part that is 1 for a right answer, of the likeliest and drawn ones |
+    | greedy_accuracy, sampled_accuracy | mean of the part that is 1 for a right answer |
     | pass@K | how likely one of K drawn completions is right, mean over prompts (unbiased) |
     | greedy_length, sampled_length | tokens |
     | greedy_truncated, sampled_truncated | share that the length limit cut |

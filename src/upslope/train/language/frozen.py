@@ -78,8 +78,8 @@ def freeze_new(run: LanguageRun, task: Task, start: Path | None) -> Frozen:
     if source is None:
         if task.alphabet is None:
             raise UsageError(
-                f"the task {task.name!r} has no alphabet to build a tokenizer from: set model.source to a folder with a "
-                "model and its tokenizer, or start_from"
+                f"the task {task.name!r} has no alphabet to build a tokenizer from: set model.source to a folder with "
+                "a model and its tokenizer, or start_from"
             )
         tokenizer = character_tokenizer(task.alphabet)
     policy = _policy(run, source, tokenizer)
@@ -181,8 +181,8 @@ def _reference(run: LanguageRun, policy: LanguagePolicy, place: str | None) -> R
     other = build_policy(config, tokenizer=None, seed=run.seed, sampling=sampling_of(run), device=run.device)
     if other.tokenizer.backend.get_vocab() != policy.tokenizer.backend.get_vocab():
         raise UsageError(
-            f"the reference {run.reference} has another tokenizer than the policy, so that their tokens do not mean the "
-            "same: take a reference of the same family"
+            f"the reference {run.reference} has another tokenizer than the policy, so that their tokens do not mean "
+            "the same: take a reference of the same family"
         )
     return freeze(other, str(run.reference))
 
