@@ -96,8 +96,8 @@ class ReferenceKL:
 
     @property
     def penalty(self) -> Penalty | None:
-        """What the mean gradient has in it, where that is a KL(pi || ref)."""
-        if not self.on or self.biased_by:
+        """What the mean gradient is to have in it; `biased_by` says where it has not."""
+        if not self.on:
             return None
         of = "trajectories" if self.place == "reward" else "steps"
         return Penalty(coefficient=self.coefficient, of=of, baselined=self.place == "reward" and self.baselined)

@@ -160,6 +160,8 @@ def audit(
     policy: Audited | None = None,
     rows: int = 32,
     row_steps: int = 3,
+    size: int | None = None,
+    groups: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AuditReport:
@@ -179,6 +181,8 @@ def audit(
             table stays what it is: say `Circumstances(critic="perturbed")` for algorithms that use it.
         rows: per drawn batch.
         row_steps: T of a fragment, for algorithms that learn from fragments.
+        size: completions in a group, on completion problems; None for 2 where the algorithm compares a group, else 1.
+        groups: groups in the smallest batch, on completion problems.
         seed: of the policy's parameters, the drawing and the shuffling.
         progress: told after each drawn batch how many there are so far, and of how many.
 
@@ -187,7 +191,7 @@ def audit(
 
     Raises:
         UsageError: if the problem is unknown, the algorithm or the policy does not go with it, a number makes no sense,
-            or the exact gradient is 0.
+            or the exact gradient is 0; or if the algorithm learns from given data and follows no return.
     """
     target = _checked_algorithm(algorithm).target
     given = circumstances or Circumstances()
@@ -196,19 +200,23 @@ def audit(
     if isinstance(problem, TokenMDP) or (isinstance(problem, str) and problem in TOKEN_PROBLEMS):
         if policy is not None:
             raise UsageError("completion problems have a policy of their own: leave policy out")
-        setting, given = _on_completions(algorithm, problem, given, rows, seed)
+        setting, given = _on_completions(algorithm, problem, given, rows, seed, size=size, groups=groups)
     else:
+        _check_on_states(algorithm, size, groups)
         named = _named(problem)
         looking, given = _policy(named, policy, algorithm, given, asked=circumstances is not None, seed=seed)
         setting, given = _on_states(algorithm, named, looking, given, rows, row_steps)
     declared, reason = declaration(target, given)
-    if samples is None and (target.batchwise or algorithm.passes.minibatches > 1):
+    listed = isinstance(setting, TokenSetting) and groups > 1
+    if samples is None and ((target.batchwise and not listed) or algorithm.passes.minibatches > 1):
         samples = DEFAULT_SAMPLES
     with checking_usage():
         exact = setting.exact_gradient(target)
     return report(
         setting,
-        AlgorithmSource(algorithm, seed=seed),
+        AlgorithmSource(
+            algorithm, seed=seed, reference=setting.reference if isinstance(setting, TokenSetting) else None
+        ),
         subject=type(algorithm).__name__,
         target=exact,
         target_name=in_words(target),
@@ -237,6 +245,11 @@ def _checked_algorithm(algorithm: Any) -> Algorithm:
             "`target` that returns an upslope.algorithms.Target, or audit a plain loss with upslope.audit_loss"
         )
     found: Algorithm = algorithm
+    if found.target.gradient == "given_data":
+        raise UsageError(
+            f"{type(algorithm).__name__} learns from given data and follows no gradient of a return: its rows in the "
+            "verification table hold it against the gradient of its own loss"
+        )
     if not 0.0 <= found.gamma <= 1.0:
         raise UsageError(f"gamma is a discount from 0 to 1, got {found.gamma}: set the algorithm's gamma within that")
     return found
@@ -263,7 +276,14 @@ def _check_circumstances(given: Circumstances) -> None:
 
 
 def _on_completions(
-    algorithm: Algorithm, problem: str | TokenMDP, given: Circumstances, rows: int, seed: int
+    algorithm: Algorithm,
+    problem: str | TokenMDP,
+    given: Circumstances,
+    rows: int,
+    seed: int,
+    *,
+    size: int | None,
+    groups: int,
 ) -> tuple[TokenSetting, Circumstances]:
     if algorithm.gamma != 1.0:
         raise UsageError(f"completions have no discount: set gamma to 1 (it is {algorithm.gamma})")
@@ -271,9 +291,32 @@ def _on_completions(
         raise UsageError("a completion problem has a length limit of its own: leave limit out")
     if given.unit == "fragments":
         raise UsageError("completions come whole: leave unit out")
-    stale = given.behaviour == "stale"
-    setting = TokenSetting.build(problem, size=1, critic=given.critic, stale=stale, rows=rows, seed=seed)
+    if size is None:
+        size = 2 if algorithm.passes.groups else 1
+    if algorithm.passes.groups and size < 2:
+        raise UsageError(f"{type(algorithm).__name__} compares the completions of a group: ask for a size of 2 or more")
+    penalty = algorithm.target.penalty
+    setting = TokenSetting.build(
+        problem,
+        size=size,
+        groups=groups,
+        critic=given.critic,
+        stale=given.behaviour == "stale",
+        rows=rows,
+        seed=seed,
+        beta=penalty.coefficient if penalty is not None and penalty.of == "trajectories" else 0.0,
+    )
     return setting, replace(given, limit_in_task=True, unit="episodes")
+
+
+def _check_on_states(algorithm: Algorithm, size: int | None, groups: int) -> None:
+    name = type(algorithm).__name__
+    if algorithm.passes.groups:
+        raise UsageError(f"{name} compares trajectories that share a start: audit it on {', '.join(TOKEN_PROBLEMS)}")
+    if algorithm.passes.reference != "none":
+        raise UsageError(f"only completion problems have a reference: audit this {name} on {', '.join(TOKEN_PROBLEMS)}")
+    if size is not None or groups != 1:
+        raise UsageError("size and groups are of completions: leave them out")
 
 
 def _named(problem: object) -> NamedProblem:

@@ -80,9 +80,22 @@ def in_words(target: Target) -> str:
         "discounted": "grad J_gamma",
         "undiscounted_states": "sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a)",
         "average_reward": "grad r_bar",
+        "given_data": "the gradient of its own loss",
     }[target.gradient]
-    factor = "" if target.factor == 1.0 else f"{target.factor:g} x "
-    return f"{factor}{formula}" + (" / mean length" if target.per == "step" else "")
+    factor = "" if target.factor == 1.0 else f"{target.factor:.4g} x "
+    shrunk, penalty = "(G - 1)/G x " if target.group_mean else "", target.penalty
+    if penalty is not None:
+        of = "" if penalty.of == "trajectories" else " of each step"
+        shared = shrunk if penalty.baselined else ""
+        formula = f"{shrunk}{formula} - {shared}{penalty.coefficient:g} x grad KL(pi || ref){of}"
+        formula = f"{factor}[{formula}]" if factor else formula
+    else:
+        formula = f"{factor}{shrunk}{formula}"
+    return (
+        f"({formula}) / mean length"
+        if penalty and target.per == "step"
+        else (formula + (" / mean length" if target.per == "step" else ""))
+    )
 
 
 def put_to_the_test(target: Target, *, limit: int) -> Iterator[Circumstances]:

@@ -262,7 +262,13 @@ class FiniteSetting(Generic[_Audited]):
             )
 
     def exact_gradient(self, target: Target) -> Tensor:
-        """[P] what a declared target is here."""
+        """[P] what a declared target is here.
+
+        Raises:
+            ValueError: if the algorithm learns from given data and follows no return.
+        """
+        if target.gradient == "given_data":
+            raise ValueError("the algorithm learns from given data and follows no gradient of a return")
         gradient = policy_gradient(
             self.mdp, self.policy, gradient=target.gradient, limit=self.limit, parameters=self.parameters
         )

@@ -13,10 +13,12 @@ from upslope.auditing.cases import (
     advantages,
     curvature,
     divergences,
+    given_data,
     objectives,
     preference,
     reductions,
     returns,
+    sequences,
 )
 from upslope.auditing.cases import algorithms as algorithm_cases
 from upslope.auditing.cases.case import Case
@@ -48,7 +50,18 @@ class Measured:
 
 def all_cases() -> Iterator[Case]:
     """Every row, algorithms first."""
-    for room in (algorithm_cases, returns, advantages, objectives, divergences, reductions, preference, curvature):
+    for room in (
+        algorithm_cases,
+        sequences,
+        given_data,
+        returns,
+        advantages,
+        objectives,
+        divergences,
+        reductions,
+        preference,
+        curvature,
+    ):
         yield from room.cases()
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class Audit:
     limit: int | None = None
     """A time limit of the environment, in steps (algorithms)."""
     group_size: int | None = None
-    """Completions in a group, 2 if not given (functions, on completion problems)."""
+    """Completions in a group, 2 if not given (on completion problems, where groups are compared)."""
     accuracy: float = _ACCURACY
     """The report says how many trajectories it takes to know the gradient to this share of its length (algorithms)."""
     seed: int = 0
@@ -180,13 +180,16 @@ def _algorithm(command: Audit, name: str, settings: list[str], console: Console)
     from upslope.auditing import Circumstances, audit
     from upslope.exact import PROBLEMS, problem
 
-    if command.group_size is not None:
-        raise UsageError("--group-size is for functions of your own: an algorithm sees single completions")
-    on = command.problem or "six-state"
+    kind = _kind(name)
+    on = command.problem or ("six-state" if kind is None or _discounted(kind) else "tokens")
     gamma = problem(on).mdp.gamma if on in PROBLEMS else 1.0
     algorithm, unit = _named(name, gamma=gamma)
+    if command.group_size is not None and not algorithm.passes.groups:
+        raise UsageError("--group-size is for what compares a group: this algorithm sees single completions")
     with checking_usage():
         if command.gamma is not None:
+            if not _discounted(type(algorithm)):
+                raise UsageError(f"{name} has no discount: leave --gamma out")
             algorithm = dataclasses.replace(algorithm, gamma=command.gamma)
         algorithm = parse_over(
             algorithm,
@@ -201,6 +204,7 @@ def _algorithm(command: Audit, name: str, settings: list[str], console: Console)
             on,
             samples=command.samples,
             circumstances=circumstances,
+            size=command.group_size,
             seed=command.seed,
             progress=progress,
         )
@@ -219,16 +223,29 @@ def _named(name: str, *, gamma: float) -> tuple[AlgorithmConfig, Unit | None]:
     from upslope.recipes import RECIPES, load_recipe
     from upslope.train.config import AlgorithmConfig
 
-    kinds = {_dashed(kind.__name__): kind for kind in get_args(AlgorithmConfig)}
-    plain = {_plain(dashed): kind for dashed, kind in kinds.items()}
-    if _plain(name) in plain:
-        return plain[_plain(name)](gamma=gamma), None
+    kind = _kind(name)
+    if kind is not None:
+        return (kind(gamma=gamma) if _discounted(kind) else kind()), None
+    kinds = [_dashed(kind.__name__) for kind in get_args(AlgorithmConfig)]
     if name.lower() in RECIPES:
         recipe = load_recipe(name.lower())
         return recipe.algorithm, None if recipe.rollout.episodes is None else "episodes"
     close = difflib.get_close_matches(name.lower(), [*kinds, *RECIPES], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(kinds)}, and every recipe."
     raise UsageError(f"there is no algorithm {name!r}; {hint} A loss of your own is given as path/to/file.py:function")
+
+
+def _kind(name: str) -> Callable[..., AlgorithmConfig] | None:
+    """The algorithm of this name."""
+    from upslope.train.config import AlgorithmConfig
+
+    return {_plain(_dashed(kind.__name__)): kind for kind in get_args(AlgorithmConfig)}.get(_plain(name))
+
+
+def _discounted(kind: Callable[..., AlgorithmConfig]) -> bool:
+    """Whether gamma is a setting of it."""
+    assert isinstance(kind, type)
+    return "gamma" in {field.name for field in dataclasses.fields(kind)}
 
 
 def _plain(name: str) -> str:
