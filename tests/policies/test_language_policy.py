@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_language_models import KINDS, Rows, policy_on, sample_rows, tiny_model, tiny_policy
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from upslope.policies.language import attention, packing
+from upslope.policies.language import attention, decoder, packing
 from upslope.policies.language.architecture import UnsupportedArchitectureError
 from upslope.policies.language.sampling import Sampling
 from upslope.trajectory import Trajectory
@@ -115,6 +116,25 @@ def test_neither_padding_nor_order_nor_batches_change_anything(kind: str) -> Non
         torch.testing.assert_close(found.detach(), log_prob[piece], atol=1e-13, rtol=0.0)
         (weight[piece] * found).sum().backward()
     assert_equal_gradients({n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, gradient, 1e-13)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("equal", [True, False], ids=["runs", "buckets"])
+def test_gradients_can_be_differentiated(kind: str, equal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As curvature needs; the closed forms against plain operations."""
+
+    def twice() -> dict[str, Tensor]:
+        policy, rows = tiny_policy(kind, dtype=torch.float64, layers=1), sample_rows(equal=equal)
+        parameters = list(policy.parameters())
+        loss = (weights(rows) * policy.evaluate(rows).log_prob).sum()
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        return gradients(policy, torch.stack([gradient.square().sum() for gradient in first]).sum())
+
+    found = twice()
+    monkeypatch.setattr(decoder, "direct", lambda _: False)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = twice()
+    assert_equal_gradients(found, expected, 1e-12)
 
 
 def test_what_was_not_chosen_is_zero_and_rows_without_a_choice_are_left_out() -> None:

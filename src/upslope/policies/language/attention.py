@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from upslope.policies.language.packing import Bucket, Layout, Run
@@ -200,6 +201,7 @@ def _differentiable(ctx: Any, projected: Tensor, gradient: Tensor) -> tuple[Tens
     """The backward pass by plain operations, itself differentiable."""
     layout, heads, others, scale = ctx.settings
     parts = projected.unflatten(-1, (heads + 2 * others, -1)).split([heads, others, others], dim=1)
-    mixed = attention(parts[0], parts[1], parts[2], layout, scale=scale, window=None)
+    with sdpa_kernel(SDPBackend.MATH):
+        mixed = attention(parts[0], parts[1], parts[2], layout, scale=scale, window=None)
     (found,) = torch.autograd.grad(mixed, projected, gradient, create_graph=True)
     return found, None, None, None, None
