@@ -113,6 +113,7 @@ def _save_adapters(model: nn.Module, folder: Path) -> None:
             return
         tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(model)
     config: dict[str, Any] = model.peft_config[str(model.active_adapter)].to_dict()
+    config["base_model_name_or_path"] = None
     save_file(_plain(tensors), folder / LORA)
     (folder / LORA_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True, default=_jsonable) + "\n", "utf-8")
 
