@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -31,16 +32,18 @@ class Collected:
         samples: all of them, in the order in which they were drawn; `Sample.row` says which row of the trajectory one
             became, `Sample.left_out` why it became none.
         correct: the name of the part whose mean is the accuracy.
+        dialogue: whether the policy's turns are answered.
         groups: groups that two or more scored samples are left of (one each where the group size is 1).
         live_groups: those of them whose totals differ; None where the group size is 1.
         rounds: of drawing prompts: 1, and more where groups without spread were replaced.
-        generate_seconds: spent by the engine.
+        generate_seconds: spent by the engine, and by what replies in conversations.
         reward_seconds: spent by the rewards.
     """
 
     update: int
     samples: tuple[Sample, ...]
     correct: str
+    dialogue: bool
     groups: int
     live_groups: int | None
     rounds: int
@@ -59,7 +62,8 @@ class Collected:
         |---|---|
         | `reward`, `reward/NAME` | of the totals, and of each part where it applies, before weighting |
         | `accuracy` | mean of the part that is 1 for a right answer |
-        | `length`, `truncated` | tokens per completion; share that the limit cut |
+        | `length`, `truncated` | tokens per completion that the policy chose; share that a limit cut |
+        | `turns` | of the policy per completion, where a task has a dialogue |
         | `live_groups` | share of groups whose totals differ |
         | `rows` | completions that are learnt from |
         | `failed`, `unscored` | completions of which a reward failed; to which none applies |
@@ -74,7 +78,9 @@ class Collected:
         for name in samples[0].parts:
             found[f"reward/{name}"] = _numbers(sample.parts[name] for sample in samples)
         found["accuracy"] = found[f"reward/{self.correct}"]
-        found["length"] = [float(len(sample.completion.tokens)) for sample in samples]
+        found["length"] = [float(sample.completion.length) for sample in samples]
+        if self.dialogue:
+            found["turns"] = [float(sample.completion.turns) for sample in samples]
         found["truncated"] = [float(not sample.completion.ended) for sample in samples]
         metrics = {name: sum(values) / len(values) for name, values in found.items() if values}
         if self.live_groups is not None and self.groups:
@@ -99,7 +105,7 @@ class Collected:
         Args:
             tokenizer: writes the prompts as text.
             advantage: [B, T] Psi_t of the trajectory's rows, or None. A record's `advantage` is its mean over the
-                completion's tokens; `token_advantage` has one per token where they differ.
+                chosen tokens; `token_advantage` has one per token where they differ. Replies have none, and no log-prob.
         """
         for sample in self.samples:
             yield {
@@ -114,7 +120,7 @@ class Collected:
                 "ended": sample.completion.ended,
                 "left_out": sample.left_out,
                 "tokens": list(sample.completion.tokens),
-                "log_prob": list(sample.completion.log_prob),
+                "log_prob": [None if math.isnan(value) else value for value in sample.completion.log_prob],
             }
 
 
@@ -187,7 +193,7 @@ class CompletionCollector:
                 f"update {update}: the rewards left nothing of {len(drawing.samples)} completions to learn from: "
                 + reasons(drawing.samples.values())
             )
-        self.last = drawing.collected(update, self._source.task.correct, batch)
+        self.last = drawing.collected(update, self._source.task, batch)
         return self._seal(self.last)
 
     def _draw(self, update: int, drawing: _Drawing) -> None:
@@ -206,6 +212,7 @@ class CompletionCollector:
                 TokenRow(
                     prompt=sample.prompt,
                     answer=sample.completion.tokens,
+                    chosen=sample.completion.chosen,
                     log_prob=sample.completion.log_prob,
                     reward=0.0 if sample.total is None else sample.total,
                     ended=sample.completion.ended,
@@ -284,7 +291,7 @@ class _Drawing:
             return self._kept
         return self._equal[: self._config.prompts]
 
-    def collected(self, update: int, correct: str, batch: Sequence[Sequence[int]]) -> Collected:
+    def collected(self, update: int, task: Task, batch: Sequence[Sequence[int]]) -> Collected:
         """Everything, with rows and groups numbered."""
         row = 0
         for number, group in enumerate(batch):
@@ -299,7 +306,8 @@ class _Drawing:
         return Collected(
             update=update,
             samples=tuple(self.samples.values()),
-            correct=correct,
+            correct=task.correct,
+            dialogue=task.dialogue is not None,
             groups=len(self._kept) + len(self._equal),
             live_groups=self._live if self._config.group > 1 else None,
             rounds=self.rounds,
@@ -326,10 +334,13 @@ def _plain(outcome: Outcome) -> float | Mapping[str, str] | None:
 def _advantages(sample: Sample, advantage: Tensor | None) -> dict[str, Any]:
     if advantage is None or sample.row is None:
         return {"advantage": None, "token_advantage": None}
-    first = len(sample.prompt) - 1
-    values = advantage[sample.row, first : first + len(sample.completion.tokens)].tolist()
+    first, completion = len(sample.prompt) - 1, sample.completion
+    every = advantage[sample.row, first : first + len(completion.tokens)].tolist()
+    chosen = (True,) * len(every) if completion.chosen is None else completion.chosen
+    values = [value for value, own in zip(every, chosen, strict=True) if own]
     alike = all(value == values[0] for value in values)
+    tokens = [value if own else None for value, own in zip(every, chosen, strict=True)]
     return {
         "advantage": values[0] if alike else sum(values) / len(values),
-        "token_advantage": None if alike else values,
+        "token_advantage": None if alike else tokens,
     }

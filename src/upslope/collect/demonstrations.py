@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from upslope.collect.conversations import demonstration, role_of
 from upslope.collect.example_order import ExampleOrder
 from upslope.collect.experience import DemonstrationConfig
 from upslope.collect.tasks.protocol import Example, Task
-from upslope.collect.text_rows import TokenRow, answer_tokens, build_rows, check_length, prompt_tokens
+from upslope.collect.text_rows import TokenRow, build_rows, check_length
 from upslope.errors import UsageError
 from upslope.policies.language.tokenizer import Tokenizer
 from upslope.trajectory import Policy, Trajectory, Tree
@@ -13,6 +16,8 @@ from upslope.trajectory import Policy, Trajectory, Tree
 
 class DemonstrationCollector:
     """Brings the task's examples with their answers, an end token after each; a `Collector`.
+
+    Where an answer is a conversation, the replies to the policy's turns are read and not learnt.
 
     No example is skipped: one without an answer is an error. An empty answer is just the end token. Nobody sampled
     these answers: `behaviour_log_prob` is NaN where the mask is True.
@@ -65,9 +70,8 @@ class DemonstrationCollector:
                 f"{where} has a prompt and no completion: learning from demonstrations needs one in every example "
                 '(an empty one, "", is an answer that ends at once)'
             )
-        row = TokenRow(
-            prompt=prompt_tokens(self._tokenizer, example, where),
-            answer=answer_tokens(self._tokenizer, example.completion, where),
+        row = replace(
+            demonstration(self._tokenizer, example, where, role=role_of(self._task)),
             reward=_label(example, where) if self._labelled else 0.0,
             prompt_chosen=not self._config.completion_only,
         )

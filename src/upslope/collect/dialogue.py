@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 ReplyFunction: TypeAlias = Callable[..., "Sequence[str | None] | Awaitable[Sequence[str | None]]"]
 """`function(prompts, completions, turns, **columns) -> list of text or None`, plain or async."""
+
+
+TOOL: Final = "tool"
+"""The role of replies under a chat template, where a task does not say another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +34,7 @@ class Dialogue:
 
     reply: ReplyFunction | str
     turns: int
-    role: str = "tool"
+    role: str = TOOL
     inline: bool = False
 
     def __post_init__(self) -> None:

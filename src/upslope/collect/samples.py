@@ -11,11 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
+from upslope.collect.conversations import Conversations, check_drawn, check_template
 from upslope.collect.engines.protocol import Completion, Engine, Request
 from upslope.collect.errors import NonFiniteError
 from upslope.collect.experience import OverlongPenalty
 from upslope.collect.rewards.functions import overlong_penalty
-from upslope.collect.rewards.protocol import Columns, Failed, Outcome, Scores
+from upslope.collect.rewards.protocol import Columns, Failed, Outcome, Reply, Scores
 from upslope.collect.tasks.protocol import Example, Examples, Task
 from upslope.collect.text_rows import Tokens, completion_text, prompt_tokens
 from upslope.errors import UsageError
@@ -26,6 +27,7 @@ OVERLONG = "overlong"
 """Name of the reward part that punishes length."""
 
 _MOST_REASONS = 5
+_BROKEN = "what answers the policy failed"
 
 
 class Scorer(Protocol):
@@ -33,6 +35,12 @@ class Scorer(Protocol):
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], columns: Columns) -> Scores:
         """One total and one outcome per reward for every completion."""
+        ...
+
+    def reply(
+        self, prompts: Sequence[str], completions: Sequence[str], turns: Sequence[Sequence[str]], columns: Columns
+    ) -> list[Reply]:
+        """What the task's dialogue answers; never asked where it has none."""
         ...
 
     def close(self) -> None:
@@ -47,7 +55,7 @@ class Sample:
     Attributes:
         example: index of the example whose prompt it completes.
         prompt: tokens.
-        completion: tokens, their log-probs and whether they ended.
+        completion: tokens, their log-probs and whether they ended; replies to the policy's turns among them.
         text: of the completion, without the end token.
         parts: outcome by the name of the reward.
         total: weighted sum; None where a part failed or none applies.
@@ -139,14 +147,34 @@ class SampleSource:
             for sample in range(self.group)
         ]
         begun = perf_counter()
-        completions = self.engine.generate(
-            requests, sampling=self.sampling, limit=self.limit, stop=tuple(self.task.stop)
-        )
+        completions = self._completed(chosen, requests)
         drawn = perf_counter()
-        _check(completions, requests)
         samples = self._scored(chosen, indices, requests, completions)
         groups = tuple(tuple(samples[at : at + self.group]) for at in range(0, len(samples), self.group))
         return Drawn(groups=groups, generate_seconds=drawn - begun, reward_seconds=perf_counter() - drawn)
+
+    def _completed(self, chosen: Sequence[Example], requests: Sequence[Request]) -> list[Completion]:
+        """Single turns, or conversations where the task has a dialogue."""
+        stop, dialogue = tuple(self.task.stop), self.task.dialogue
+        if dialogue is None:
+            completions = self.engine.generate(requests, sampling=self.sampling, limit=self.limit, stop=stop)
+            check_drawn(completions, requests)
+            return completions
+        for example in chosen[:1]:
+            check_template(self.tokenizer, example, dialogue.role)
+        conversations = Conversations(
+            dialogue=dialogue,
+            replier=self.rewards,
+            tokenizer=self.tokenizer,
+            engine=self.engine,
+            sampling=self.sampling,
+            limit=self.limit,
+            context=self.context,
+            stop=stop,
+        )
+        asked = [example for example in chosen for _ in range(self.group)]
+        texts = [self._prompt_text(*pair) for pair in zip(asked, requests, strict=True)]
+        return conversations.hold(asked, requests, texts)
 
     def _prompt(self, example: Example, index: int, name: str) -> Tokens:
         where = f"{name} {index} of task {self.task.name!r}"
@@ -169,12 +197,7 @@ class SampleSource:
         texts = [completion_text(self.tokenizer, completion.tokens) for completion in completions]
         asked = [example for example in chosen for _ in range(self.group)]
         prompts = [self._prompt_text(*pair) for pair in zip(asked, requests, strict=True)]
-        scores = self.rewards.score(prompts, texts, [example.columns for example in asked])
-        if self.task.correct not in scores.parts:
-            raise UsageError(
-                f"task {self.task.name!r} tells right answers by the reward {self.task.correct!r}, and what scores its "
-                f"completions gives {', '.join(scores.parts)}: score them by the task's own rewards"
-            )
+        scores = self._scores(prompts, texts, asked, [completion.failed for completion in completions])
         samples: list[Sample] = []
         for place, (request, completion) in enumerate(zip(requests, completions, strict=True)):
             parts = {name: outcomes[place] for name, outcomes in scores.parts.items()}
@@ -188,10 +211,39 @@ class SampleSource:
                 text=texts[place],
                 parts=parts,
                 total=total,
-                left_out=None if total is not None else _why(parts),
+                left_out=None if total is not None else _why(parts, completion.failed),
             )
             samples.append(self._shaped(sample))
         return samples
+
+    def _scores(
+        self, prompts: Sequence[str], texts: Sequence[str], asked: Sequence[Example], failed: Sequence[str | None]
+    ) -> Scores:
+        """Of whole conversations; where one broke off every part has failed."""
+        whole = [place for place, reason in enumerate(failed) if reason is None]
+        if not whole:
+            scores = Scores(total=(), parts={reward.name: () for reward in self.task.rewards})
+        else:
+            columns = [asked[place].columns for place in whole]
+            scores = self.rewards.score([prompts[place] for place in whole], [texts[place] for place in whole], columns)
+        if self.task.correct not in scores.parts:
+            raise UsageError(
+                f"task {self.task.name!r} tells right answers by the reward {self.task.correct!r}, and what scores its "
+                f"completions gives {', '.join(scores.parts)}: score them by the task's own rewards"
+            )
+        if len(whole) == len(failed):
+            return scores
+        at = {place: number for number, place in enumerate(whole)}
+        return Scores(
+            total=tuple(scores.total[at[place]] if place in at else None for place in range(len(failed))),
+            parts={
+                name: tuple(
+                    outcomes[at[place]] if place in at else Failed(f"{_BROKEN}: {reason}")
+                    for place, reason in enumerate(failed)
+                )
+                for name, outcomes in scores.parts.items()
+            },
+        )
 
     def _prompt_text(self, example: Example, request: Request) -> str:
         """What rewards see: plain prompts as the data has them, messages as the chat template writes them."""
@@ -223,25 +275,8 @@ def reasons(samples: Iterable[Sample]) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in common) + (f"; and {more} more" if more else "")
 
 
-def _why(parts: Mapping[str, Outcome]) -> str:
+def _why(parts: Mapping[str, Outcome], broken: str | None) -> str:
+    if broken is not None:
+        return f"{_BROKEN}: {broken}"
     failed = [f"{name} failed: {outcome.reason}" for name, outcome in parts.items() if isinstance(outcome, Failed)]
     return "; ".join(failed) if failed else "no reward applies"
-
-
-def _check(completions: Sequence[Completion], requests: Sequence[Request]) -> None:
-    """Refuse what an engine must not bring."""
-    if len(completions) != len(requests):
-        raise ValueError(f"the engine brought {len(completions)} completions for {len(requests)} requests")
-    for completion, request in zip(completions, requests, strict=True):
-        if not completion.tokens or len(completion.tokens) != len(completion.log_prob):
-            raise ValueError(
-                f"the engine brought {len(completion.tokens)} tokens with {len(completion.log_prob)} log-probs for "
-                f"sample {request.key}: every completion has at least one token, and one log-prob for each"
-            )
-        if not all(map(math.isfinite, completion.log_prob)):
-            place = next(at for at, value in enumerate(completion.log_prob) if not math.isfinite(value))
-            raise NonFiniteError(
-                f"token {place} of sample {request.key} was drawn with a log-prob of {completion.log_prob[place]}: the "
-                "policy's weights may have stopped being numbers (lower the learning rate, clip gradients), or the "
-                "engine gives log-probs of another distribution than the one it draws from"
-            )

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from upslope.algorithms import GRPO, KTO, PPO, RLOO, SFT, Preference, Reinforce, RewardModel
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
 from upslope.collect.tasks.arithmetic import Addition, ThinkOrBlurt
+from upslope.collect.tasks.calculator import Calculator
 from upslope.collect.tasks.countdown import Countdown
 from upslope.collect.tasks.protocol import Task
 from upslope.policies.language.config import LanguageModelConfig
@@ -35,7 +36,7 @@ class GivenTask:
         raise ValueError(f"the task {self.name!r} was passed as an object: pass it again, task=... in Python")
 
 
-TaskSettings: TypeAlias = Addition | ThinkOrBlurt | Countdown | GivenTask
+TaskSettings: TypeAlias = Addition | ThinkOrBlurt | Countdown | Calculator | GivenTask
 """The tasks a configuration file may name."""
 
 LanguageAlgorithm: TypeAlias = Reinforce | RLOO | GRPO | PPO | SFT | Preference | KTO | RewardModel

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from upslope.collect.conversations import demonstration, role_of
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
 from upslope.collect.pairs import PairCollector
 from upslope.collect.rewards.protocol import Failed
 from upslope.collect.samples import Sample, SampleSource
-from upslope.collect.text_rows import TokenRow, answer_tokens, build_rows, check_length, prompt_tokens
+from upslope.collect.text_rows import TokenRow, build_rows, check_length
 from upslope.errors import UsageError
 from upslope.policies.language.sampling import Sampling
 from upslope.train.language.config import LanguageRun
@@ -54,10 +55,10 @@ class LanguageReport:
     |---|---|
     | greedy_accuracy, sampled_accuracy | mean of the part that is 1 for a right answer |
     | pass@K | how likely one of K drawn completions is right, mean over prompts (unbiased) |
-    | greedy_length, sampled_length | tokens |
+    | greedy_length, sampled_length | tokens that the policy chose |
     | greedy_truncated, sampled_truncated | share that the length limit cut |
     | greedy/NAME, sampled/NAME | mean of each part of the reward where it applies |
-    | greedy_failed, sampled_failed | completions on which a reward failed; they count in no mean |
+    | greedy_failed, sampled_failed | completions on which a reward or a reply failed; they count in no mean |
     | nll | mean negative log-likelihood per token of the given answers |
     | pair_accuracy | share of pairs whose chosen answer is rewarded more |
     | prompts | how many were asked |
@@ -212,10 +213,7 @@ class LanguageEvaluator:
         example, where = task.held_out[index], f"held-out example {index} of task {task.name!r}"
         if example.completion is None:
             return None
-        row = TokenRow(
-            prompt=prompt_tokens(policy.tokenizer, example, where),
-            answer=answer_tokens(policy.tokenizer, example.completion, where),
-        )
+        row = demonstration(policy.tokenizer, example, where, role=role_of(task))
         check_length(row, policy.context, where)
         return row
 
@@ -275,7 +273,7 @@ def _means(name: str, samples: Sequence[Sample], correct: str) -> dict[str, floa
     if f"{name}/{correct}" in found:
         found[f"{name}_accuracy"] = found[f"{name}/{correct}"]
     count = len(samples)
-    found[f"{name}_length"] = sum(len(sample.completion.tokens) for sample in samples) / count
+    found[f"{name}_length"] = sum(sample.completion.length for sample in samples) / count
     found[f"{name}_truncated"] = sum(not sample.completion.ended for sample in samples) / count
     failed = [any(isinstance(outcome, Failed) for outcome in sample.parts.values()) for sample in samples]
     found[f"{name}_failed"] = float(sum(failed))

@@ -138,7 +138,7 @@ def check_hashes(found: dict[str, str], recorded: dict[str, str]) -> None:
 
 
 def reward_pool(run: LanguageRun, task: Task) -> RewardPool | None:
-    """What scores the task's completions; None where it has no rewards.
+    """What scores the task's completions and answers the policy's turns; None where it has no rewards.
 
     Raises:
         UsageError: if all rewards have weight 0.
@@ -149,7 +149,8 @@ def reward_pool(run: LanguageRun, task: Task) -> RewardPool | None:
         return None
     if all(reward.weight == 0.0 for reward in task.rewards):
         raise UsageError(f"all rewards of task {task.name!r} have weight 0: nothing would be learnt; weigh one of them")
-    return RewardPool(task.rewards, workers=run.rewards.workers, deadline=run.rewards.deadline)
+    settings = run.rewards
+    return RewardPool(task.rewards, workers=settings.workers, deadline=settings.deadline, dialogue=task.dialogue)
 
 
 def sampling_of(run: LanguageRun) -> Sampling:
