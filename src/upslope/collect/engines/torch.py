@@ -198,10 +198,11 @@ class _Generation:
         """Give vacant slots to requests that wait, once there are enough; whether any got one."""
         if not self._waiting:
             return False
-        vacant = self._vacant()
-        free = vacant + list(range(len(self._rows), self._cache.slots))
-        if len(free) < max(1, self._cache.slots // _PATIENCE):
+        missing = self._cache.slots - len(self._rows) + len(self._vacant())
+        if missing < max(1, self._cache.slots // _PATIENCE):
             return False
+        self._age_order()
+        free = self._vacant() + list(range(len(self._rows), self._cache.slots))
         numbers = self._waiting.take(len(free), self._read.__contains__)
         if not numbers:
             self._read_ahead()
@@ -262,15 +263,28 @@ class _Generation:
         live = len(self._rows) - len(vacant)
         targets = [slot for slot in vacant if slot < live]
         sources = [slot for slot in range(live, len(self._rows)) if self._rows[slot] is not None]
-        if targets:
-            self._cache.move(sources, targets)
-            self._token[targets] = self._token[sources]
-            self._uniform[targets] = self._uniform[sources]
-            self._age[targets] = self._age[sources]
-            for source, target in zip(sources, targets, strict=True):
-                self._rows[target] = self._rows[source]
+        self._move(sources, targets)
         del self._rows[live:]
         self._arrange()
+
+    def _age_order(self) -> None:
+        """Keep the longest sequences in the first half of the slots, so that the other half is read from later on."""
+        half = len(self._rows) // 2
+        for hole in [slot for slot in self._vacant() if slot < half]:
+            younger = [slot for slot in range(half, len(self._rows)) if self._rows[slot] is not None]
+            if not younger:
+                return
+            self._move([min(younger, key=self._cache.beginning.__getitem__)], [hole])
+
+    def _move(self, sources: list[int], targets: list[int]) -> None:
+        if not sources:
+            return
+        self._cache.move(sources, targets)
+        self._token[targets] = self._token[sources]
+        self._uniform[targets] = self._uniform[sources]
+        self._age[targets] = self._age[sources]
+        for source, target in zip(sources, targets, strict=True):
+            self._rows[target], self._rows[source] = self._rows[source], None
 
     def _arrange(self) -> None:
         vacant = self._vacant()

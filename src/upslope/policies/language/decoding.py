@@ -16,6 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from upslope.policies.language.prepared import PreparedLayer, PreparedModel
 
+_WORTH_SPLITTING = 16
+"""From so many sequences on, the two halves of the slots are attended to from their own earliest beginning."""
+
 
 @final
 class Prompts:
@@ -48,6 +51,7 @@ class Cache:
         first: the earliest beginning.
         begin: [live] the beginnings of the sequences in use.
         masked: whether beginnings differ.
+        ranges: rows of `keys` and `values` (from, to) and the earliest beginning among them.
         keys, values: one [live * key_value_heads, capacity, S] per layer.
     """
 
@@ -88,10 +92,11 @@ class Cache:
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Put the sequences of some slots into others."""
-        used = self.memory[..., self.first : self.clock, :]
         for source, target in zip(sources, targets, strict=True):
+            begin = self.beginning[source]
+            used = self.memory[..., begin : self.clock, :]
             used[:, :, target] = used[:, :, source]
-            self.beginning[target] = self.beginning[source]
+            self.beginning[target] = begin
 
     def arranged(self, live: int, vacant: Sequence[int] = ()) -> None:
         """The first `live` slots are computed from now on, as `admit` and `move` left them.
@@ -123,9 +128,23 @@ class Cache:
         self.memory[..., :width, :] = old[..., drop : drop + width, :]
         self._look(len(self.begin))
 
-    def bias(self, start: int) -> Tensor:
-        """[live * key_value_heads, 1, clock + 1 - start], -inf where a time is before a sequence's beginning."""
-        return self._bias[:, :, start : self.clock + 1]
+    def attend(self, number: int, query: Tensor, window: int | None) -> Tensor:
+        """What a layer's queries [live, H, S] at the clock become, [live, H*S].
+
+        Args:
+            number: of the layer.
+            query: scaled and turned; the keys and values of the clock are in their place already.
+            window: how many times are seen, the clock's included, or None.
+        """
+        after, rows = self.clock + 1, len(query)
+        query = query.reshape(len(self.keys[number]), -1, query.shape[-1])
+        mixed: list[Tensor] = []
+        for low, high, first in self.ranges:
+            start = first if window is None else max(first, after - window)
+            keys, values = (part[number][low:high, start:after] for part in (self.keys, self.values))
+            bias = self._bias[low:high, :, start:after] if self.masked else None
+            mixed.append(_attend(query[low:high], keys, values, bias))
+        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).view(rows, -1)
 
     def _allocate(self, capacity: int) -> None:
         model = self._model
@@ -133,6 +152,11 @@ class Cache:
         self.memory = torch.zeros(shape, dtype=model.compute, device=self._device)
 
     def _look(self, live: int) -> None:
+        heads, half = self._model.key_value_heads, live // 2
+        self.ranges = [(0, live * heads, self.first)]
+        if self.masked and live >= _WORTH_SPLITTING:
+            parts = ((0, half), (half, live))
+            self.ranges = [(low * heads, high * heads, min(self.beginning[low:high])) for low, high in parts]
         self.keys, self.values = (list(half[:, :live].flatten(1, 2)) for half in self.memory.unbind(1))
         if self.masked:
             self._mask()
@@ -214,16 +238,14 @@ class Decoder:
         cache.make_room()
         position = (cache.clock - cache.begin).clamp_(max=self._last)
         turns = self._turns_at(position)
-        clock, after = cache.clock, cache.clock + 1
+        clock = cache.clock
 
         def attend(number: int, layer: PreparedLayer, query_key_value: Tensor) -> Tensor:
             query, key, value = self._heads(layer, query_key_value, turns)
             keys, values = cache.keys[number], cache.values[number]
             keys.select(1, clock).view(key.shape).copy_(key)
             values.select(1, clock).view(value.shape).copy_(value)
-            start = cache.first if layer.window is None else max(cache.first, after - layer.window)
-            bias = cache.bias(start) if cache.masked else None
-            return _attend(query, keys[:, start:after], values[:, start:after], bias)
+            return cache.attend(number, query, layer.window)
 
         logits = model.logits(self._blocks(model.embed(token, position), attend))
         cache.clock += 1
@@ -263,16 +285,12 @@ def _turn(heads: Tensor, turn: Tensor) -> Tensor:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """One query per sequence: [B, H, S] over [B*h, L, S] to [B, H*S]; bias [B*h, 1, L]."""
-    rows, heads, size = query.shape
-    query = query.reshape(len(keys), -1, size)
+    """One query per head: [N, G, S] over [N, L, S] to [N, G, S]; bias [N, 1, L]."""
     if query.dtype == torch.bfloat16:
-        mixed = scaled_dot_product_attention(
-            *(part.unsqueeze(0) for part in (query, keys, values)), attn_mask=bias, scale=1.0
-        )
-        return mixed.view(rows, heads * size)
+        whole = (part.unsqueeze(0) for part in (query, keys, values))
+        return scaled_dot_product_attention(*whole, attn_mask=bias, scale=1.0).squeeze(0)
     scores = torch.bmm(query, keys.mT) if bias is None else torch.baddbmm(bias, query, keys.mT)
-    return torch.bmm(scores.softmax(-1), values).view(rows, heads * size)
+    return torch.bmm(scores.softmax(-1), values)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
