@@ -120,6 +120,38 @@ def test_critic_adapters_and_training_mode_make_no_difference() -> None:
     assert any(parameter.grad is not None for parameter in policy.parameters())
 
 
+def test_sliding_windows() -> None:
+    """Of a layer that sees 5 positions, with prompts and completions longer than that."""
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    config = MistralConfig(
+        vocab_size=21,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        sliding_window=5,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    policy = LanguagePolicy(
+        model,
+        character_tokenizer(ALPHABET),
+        sampling=Sampling(),
+        value_head=False,
+        precision="float32",
+        checkpoint_activations=False,
+    )
+    assert policy.architecture is not None
+    requests = requests_of([3, 8, 1, 12], group=6)
+    completions = TorchEngine(policy, seed=0, slots=17).generate(requests, sampling=Sampling(), limit=14)
+    assert difference(policy, requests, completions) < 1e-5
+
+
 def test_bfloat16_is_the_learners_bfloat16() -> None:
     policy = policy_of(precision="bfloat16")
     requests = requests_of([4, 9, 2], group=4)
