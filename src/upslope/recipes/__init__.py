@@ -1,5 +1,14 @@
 """Recipes: plain functions that return complete configurations."""
 
+from upslope.recipes.arithmetic import arithmetic_dapo as arithmetic_dapo
+from upslope.recipes.arithmetic import arithmetic_dpo as arithmetic_dpo
+from upslope.recipes.arithmetic import arithmetic_dr_grpo as arithmetic_dr_grpo
+from upslope.recipes.arithmetic import arithmetic_grpo as arithmetic_grpo
+from upslope.recipes.arithmetic import arithmetic_gspo as arithmetic_gspo
+from upslope.recipes.arithmetic import arithmetic_ppo as arithmetic_ppo
+from upslope.recipes.arithmetic import arithmetic_reinforce as arithmetic_reinforce
+from upslope.recipes.arithmetic import arithmetic_rloo as arithmetic_rloo
+from upslope.recipes.arithmetic import arithmetic_sft as arithmetic_sft
 from upslope.recipes.control import acrobot_ppo as acrobot_ppo
 from upslope.recipes.control import bipedalwalker_ppo as bipedalwalker_ppo
 from upslope.recipes.control import breakout_ppo as breakout_ppo
@@ -14,12 +23,23 @@ from upslope.recipes.control import lunarlander_ppo as lunarlander_ppo
 from upslope.recipes.control import mountaincar_continuous_ppo as mountaincar_continuous_ppo
 from upslope.recipes.control import pendulum_ppo as pendulum_ppo
 from upslope.recipes.control import walker2d_ppo as walker2d_ppo
+from upslope.recipes.countdown import countdown_grpo as countdown_grpo
+from upslope.recipes.countdown import countdown_sft as countdown_sft
 from upslope.recipes.presets import ppo_cleanrl as ppo_cleanrl
 from upslope.recipes.presets import ppo_paper as ppo_paper
 from upslope.recipes.presets import ppo_sb3 as ppo_sb3
+from upslope.recipes.real_models import gsm8k_qwen_0_5b_dpo as gsm8k_qwen_0_5b_dpo
+from upslope.recipes.real_models import gsm8k_qwen_0_5b_grpo as gsm8k_qwen_0_5b_grpo
+from upslope.recipes.real_models import gsm8k_qwen_0_5b_grpo_lora as gsm8k_qwen_0_5b_grpo_lora
+from upslope.recipes.real_models import gsm8k_qwen_0_5b_sft as gsm8k_qwen_0_5b_sft
+from upslope.recipes.real_models import gsm8k_qwen_1_5b_grpo as gsm8k_qwen_1_5b_grpo
+from upslope.recipes.real_models import gsm8k_qwen_1_5b_grpo_lora as gsm8k_qwen_1_5b_grpo_lora
+from upslope.recipes.real_models import gsm8k_qwen_7b_grpo_lora as gsm8k_qwen_7b_grpo_lora
 from upslope.recipes.registry import RECIPES as RECIPES
 from upslope.recipes.registry import load_recipe as load_recipe
 from upslope.recipes.tables import short_corridor_actor_critic as short_corridor_actor_critic
 from upslope.recipes.tables import short_corridor_baseline as short_corridor_baseline
 from upslope.recipes.tables import short_corridor_reinforce as short_corridor_reinforce
 from upslope.recipes.tables import six_state_ppo as six_state_ppo
+from upslope.recipes.words import spell_backward_grpo as spell_backward_grpo
+from upslope.recipes.words import spell_backward_sft as spell_backward_sft

@@ -7,11 +7,13 @@ import inspect
 from collections.abc import Callable
 
 from upslope.errors import UsageError
-from upslope.recipes import control, presets, tables
+from upslope.recipes import arithmetic, control, countdown, presets, real_models, tables, words
 from upslope.train import Run
+from upslope.train.language import LanguageRun
+from upslope.train.session import AnyRun
 from upslope.user_code import function_from_file
 
-RECIPES: dict[str, Callable[[], Run]] = {
+RECIPES: dict[str, Callable[[], AnyRun]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         control.cartpole_ppo,
@@ -35,20 +37,40 @@ RECIPES: dict[str, Callable[[], Run]] = {
         presets.ppo_cleanrl,
         presets.ppo_sb3,
         presets.ppo_paper,
+        arithmetic.arithmetic_sft,
+        arithmetic.arithmetic_reinforce,
+        arithmetic.arithmetic_rloo,
+        arithmetic.arithmetic_grpo,
+        arithmetic.arithmetic_dr_grpo,
+        arithmetic.arithmetic_dapo,
+        arithmetic.arithmetic_gspo,
+        arithmetic.arithmetic_ppo,
+        arithmetic.arithmetic_dpo,
+        countdown.countdown_sft,
+        countdown.countdown_grpo,
+        words.spell_backward_sft,
+        words.spell_backward_grpo,
+        real_models.gsm8k_qwen_0_5b_sft,
+        real_models.gsm8k_qwen_0_5b_grpo,
+        real_models.gsm8k_qwen_0_5b_grpo_lora,
+        real_models.gsm8k_qwen_0_5b_dpo,
+        real_models.gsm8k_qwen_1_5b_grpo,
+        real_models.gsm8k_qwen_1_5b_grpo_lora,
+        real_models.gsm8k_qwen_7b_grpo_lora,
     )
 }
 """Every built-in recipe."""
 
 
-def load_recipe(name: str) -> Run:
+def load_recipe(name: str) -> AnyRun:
     """A recipe by its name, or from a file: `path/to/my_recipe.py:function`.
 
     Args:
         name: a key of `RECIPES`, or a Python file and the name of a function in it that takes nothing and returns a
-            `Run`. The file is the user's own code and is run.
+            `Run` or a `LanguageRun`. The file is the user's own code and is run.
 
     Raises:
-        UsageError: if there is no such recipe, or what it returns is no `Run`.
+        UsageError: if there is no such recipe, or what it returns is no run.
     """
     if ":" in name:
         return _from_file(name)
@@ -61,12 +83,12 @@ def load_recipe(name: str) -> Run:
     return RECIPES[name]()
 
 
-def _from_file(name: str) -> Run:
+def _from_file(name: str) -> AnyRun:
     recipe = function_from_file(name, what="recipe")
     needed = [p.name for p in inspect.signature(recipe).parameters.values() if p.default is p.empty and p.kind < 2]
     if needed:
         raise UsageError(f"{name!r} needs arguments ({', '.join(needed)}); a recipe takes none: give them defaults")
     run = recipe()
-    if not isinstance(run, Run):
-        raise UsageError(f"{name!r} returned a {type(run).__name__}; a recipe returns an upslope.Run")
+    if not isinstance(run, Run | LanguageRun):
+        raise UsageError(f"{name!r} returned a {type(run).__name__}; a recipe returns an upslope.Run, or a LanguageRun")
     return run

@@ -1,0 +1,127 @@
+"""Complete, vetted configurations for a small transformer that learns to add: think or blurt, on two CPU cores.
+
+Each begins with `arithmetic-sft`: three-digit sums, 70 % of the demonstrations answered outright and the others worked
+on a scratchpad. What is rewarded for right answers alone then learns to think first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from upslope.algorithms import GRPO, PPO, RLOO, SFT, Preference, Reinforce
+from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
+from upslope.collect.tasks.arithmetic import ThinkOrBlurt
+from upslope.policies.language.config import LanguageModelConfig, ModelShape
+from upslope.train import CheckpointConfig, OptimizerConfig
+from upslope.train.language import LanguageEvaluationConfig, LanguageLogConfig, LanguageRun
+
+_LIMIT = 48
+"""Tokens: the longest scratchpad with its answer and the end takes 30."""
+
+
+def arithmetic_sft() -> LanguageRun:
+    """Demonstrations of three-digit addition, 70 % of them without a scratchpad: the start of the others.
+
+    Learnt positions (GPT-2) copy the digits of a prompt of fixed length sooner than turned ones (Llama, Qwen3).
+    """
+    return LanguageRun(
+        recipe="arithmetic-sft",
+        model=LanguageModelConfig(
+            shape=ModelShape(architecture="gpt2", width=64, layers=2, heads=4, inner=256, positions=64)
+        ),
+        task=ThinkOrBlurt(),
+        experience=DemonstrationConfig(rows=64),
+        algorithm=SFT(),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, schedule="cosine", max_gradient_norm=1.0, epsilon=1e-8, betas=(0.9, 0.99)
+        ),
+        evaluation=LanguageEvaluationConfig(times=3, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
+        log=LanguageLogConfig(every_steps=10, diagnose_every=0),
+        checkpoint=CheckpointConfig(times=3),
+        steps=900,
+    )
+
+
+def _learning(name: str) -> LanguageRun:
+    """What the recipes that learn from rewards share."""
+    return LanguageRun(
+        recipe=name,
+        start_from="arithmetic-sft",
+        task=ThinkOrBlurt(),
+        experience=CompletionConfig(prompts=32, group=8, limit=_LIMIT),
+        algorithm=GRPO(),
+        optimizer=OptimizerConfig(learning_rate=3e-4, max_gradient_norm=1.0, epsilon=1e-8),
+        evaluation=LanguageEvaluationConfig(times=5, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
+        log=LanguageLogConfig(every_steps=1, diagnose_every=5),
+        checkpoint=CheckpointConfig(times=5),
+        steps=150,
+    )
+
+
+def arithmetic_grpo() -> LanguageRun:
+    """GRPO without the division by the group's standard deviation, one update per batch."""
+    return replace(_learning("arithmetic-grpo"), algorithm=GRPO(scale="none", reduction="step_mean"))
+
+
+def arithmetic_rloo() -> LanguageRun:
+    """RLOO: the mean of the other completions is the baseline."""
+    return replace(_learning("arithmetic-rloo"), algorithm=RLOO())
+
+
+def arithmetic_reinforce() -> LanguageRun:
+    """REINFORCE with advantages standardised over the batch (REINFORCE++ without its KL)."""
+    return replace(
+        _learning("arithmetic-reinforce"), algorithm=Reinforce(psi="reward_to_go", gamma=1.0, normalize_advantage=True)
+    )
+
+
+def arithmetic_dr_grpo() -> LanguageRun:
+    """Dr. GRPO (Liu et al. 2025): no division by the standard deviation or by the length."""
+    algorithm = GRPO(scale="none", reduction="fixed_length", fixed_length=_LIMIT)
+    return replace(_learning("arithmetic-dr-grpo"), algorithm=algorithm)
+
+
+def arithmetic_dapo() -> LanguageRun:
+    """DAPO (Yu et al. 2025): clip-higher, the mean over all steps, dead groups replaced."""
+    run = _learning("arithmetic-dapo")
+    return replace(
+        run,
+        experience=replace(run.experience, refill=2),
+        algorithm=GRPO(clip_low=0.2, clip_high=0.28, reduction="step_mean", minibatches=2),
+    )
+
+
+def arithmetic_gspo() -> LanguageRun:
+    """GSPO (Zheng et al. 2025): one ratio per completion, two optimiser steps per batch."""
+    algorithm = GRPO(ratio="sequence", clip_low=3e-4, clip_high=4e-4, minibatches=2)
+    return replace(_learning("arithmetic-gspo"), algorithm=algorithm)
+
+
+def arithmetic_ppo() -> LanguageRun:
+    """PPO with a critic and GAE on tokens."""
+    run = _learning("arithmetic-ppo")
+    return replace(
+        run,
+        model=replace(run.model, value_head=True),
+        experience=replace(run.experience, prompts=256, group=1),
+        algorithm=PPO(gamma=1.0, gae_lambda=1.0, epochs=1, minibatches=2, value_coefficient=0.5),
+    )
+
+
+def arithmetic_dpo() -> LanguageRun:
+    """DPO on right and wrong answers of the starting policy, with an NLL term on the right ones.
+
+    Without that term pair accuracy rises while the policy gets worse.
+    """
+    return LanguageRun(
+        recipe="arithmetic-dpo",
+        start_from="arithmetic-sft",
+        task=ThinkOrBlurt(),
+        experience=PairConfig(pairs=64, drawn=1600, group=8, limit=_LIMIT),
+        algorithm=Preference(beta=0.1, nll_coefficient=1.0),
+        reference="start",
+        optimizer=OptimizerConfig(learning_rate=1e-4, max_gradient_norm=1.0, epsilon=1e-8),
+        evaluation=LanguageEvaluationConfig(times=5, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
+        log=LanguageLogConfig(every_steps=1, diagnose_every=0),
+        steps=120,
+    )
