@@ -83,7 +83,7 @@ def rows_of(trajectory: Trajectory) -> list[Row]:
 def advantages(rows: list[Row], algorithm: GRPO | RLOO) -> list[Tensor]:
     """Psi of each row's steps."""
     penalty = algorithm.reference_kl
-    name = penalty.estimate
+    name = penalty.estimator or "k1"
     totals = [row.reward for row in rows]
     if penalty.on and penalty.place == "reward" and penalty.baselined:
         totals = [row.reward - BETA * float(row.estimate(name, row.acted).sum()) for row in rows]
@@ -206,7 +206,7 @@ def grouped_loss(name: str, rows: list[Row]) -> Tensor:
     for row, psi in zip(rows, advantages(rows, algorithm), strict=True):
         each = -objective(row, psi) - algorithm.entropy_coefficient * row.entropy
         if penalty.on and penalty.place == "loss":
-            each = each + BETA * row.estimate(penalty.estimate, row.log_prob)
+            each = each + BETA * row.estimate(penalty.estimator or "k2", row.log_prob)
         weight = {
             "step_mean": 1.0 / steps,
             "trajectory_mean": 1.0 / (len(rows) * len(psi)),

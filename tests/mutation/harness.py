@@ -281,10 +281,12 @@ def serve() -> None:
 
 def _warm_up() -> None:
     """What every child would otherwise load for itself: nothing here touches the code under test."""
-    from hypothesis import given, settings
+    from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
-    @settings(max_examples=5, database=None, derandomize=True)
+    @settings(
+        max_examples=5, database=None, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     @given(st.integers(), st.floats(), st.lists(st.booleans()), st.data())
     def draw(number: int, real: float, flags: list[bool], data: st.DataObject) -> None:
         data.draw(st.sampled_from([number, real, len(flags)]))

@@ -6,5 +6,6 @@ from harness import Mutant
 from mutants_algorithms import ALGORITHMS
 from mutants_estimators import ESTIMATORS
 from mutants_objectives import OBJECTIVES
+from mutants_sequences import SEQUENCES
 
-MUTANTS: tuple[Mutant, ...] = (*ESTIMATORS, *OBJECTIVES, *ALGORITHMS)
+MUTANTS: tuple[Mutant, ...] = (*ESTIMATORS, *OBJECTIVES, *ALGORITHMS, *SEQUENCES)

@@ -403,8 +403,8 @@ IN_STEP = (
     Mutant(
         "weights per micro-batch",
         STEP,
-        "piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts)",
-        "piece = minibatch if parts == 1 else algorithm.prepare(_micro_batch(minibatch, part, parts))",
+        "piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts, together)",
+        "piece = minibatch if parts == 1 else algorithm.prepare(_micro_batch(minibatch, part, parts, together))",
         "each piece divides by its own steps",
         (),
         (SPLITS,),
@@ -412,8 +412,8 @@ IN_STEP = (
     Mutant(
         "micro-batches lose the remainder",
         STEP,
-        "slice(count * part // parts, count * (part + 1) // parts)",
-        "slice(count // parts * part, count // parts * (part + 1))",
+        "slice(count * part // parts * together, count * (part + 1) // parts * together)",
+        "slice(count // parts * part * together, count // parts * (part + 1) * together)",
         "the last steps are left out where sizes do not divide",
         (),
         (SPLITS,),
@@ -448,8 +448,8 @@ IN_STEP = (
     Mutant(
         "shuffling loses the advantages",
         STEP,
-        "shuffled = _select(batch, torch.from_numpy(generator.permutation(count)))",
-        "shuffled = replace(_select(batch, torch.from_numpy(generator.permutation(count))), advantage=batch.advantage)",
+        "shuffled = _select(batch, order)",
+        "shuffled = replace(_select(batch, order), advantage=batch.advantage)",
         "advantages stay where they were while steps move",
         ("drawn: four minibatches",),
     ),
