@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_a_run_starts_from_the_policy_of_another(tmp_path: Path) -> None:
 
 def test_the_first_sequence_is_shown_with_its_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), width=200)
-    monkeypatch.setattr("upslope.train.progress.Console", lambda **_: console)
+    monkeypatch.setattr(sys.modules["upslope.train.progress"], "Console", lambda **_: console)
     run = tiny_language(tmp_path, steps=1)
     train(replace(run, log=replace(run.log, progress=True)), task=some_task())
     assert isinstance(console.file, io.StringIO)

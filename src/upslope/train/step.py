@@ -120,7 +120,7 @@ def learn(
         metrics["explained_variance"] = explained_variance(value[trajectory.mask], signal.value_target[trajectory.mask])
     state = algorithm.adapt(now.state, metrics)
     if meter is not None:
-        metrics.update(meter.end(policy, moved="kl" not in metrics))
+        metrics.update(meter.end(policy, moved="kl" not in metrics and _sampled(batch)))
     return Learned(state=state, metrics=metrics, advantage=advantage)
 
 

@@ -11,6 +11,8 @@ from upslope.collect.experience import CompletionConfig, DemonstrationConfig, Pa
 from upslope.collect.tasks.arithmetic import Addition, ThinkOrBlurt
 from upslope.collect.tasks.calculator import Calculator
 from upslope.collect.tasks.countdown import Countdown
+from upslope.collect.tasks.files import Files
+from upslope.collect.tasks.gym import ReasoningGym
 from upslope.collect.tasks.protocol import Task
 from upslope.policies.language.config import LanguageModelConfig
 from upslope.train.config import CheckpointConfig, LogConfig, OptimizerConfig
@@ -36,7 +38,7 @@ class GivenTask:
         raise ValueError(f"the task {self.name!r} was passed as an object: pass it again, task=... in Python")
 
 
-TaskSettings: TypeAlias = Addition | ThinkOrBlurt | Countdown | Calculator | GivenTask
+TaskSettings: TypeAlias = Addition | ThinkOrBlurt | Countdown | Calculator | ReasoningGym | Files | GivenTask
 """The tasks a configuration file may name."""
 
 LanguageAlgorithm: TypeAlias = Reinforce | RLOO | GRPO | PPO | SFT | Preference | KTO | RewardModel

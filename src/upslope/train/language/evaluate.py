@@ -174,10 +174,6 @@ class LanguageEvaluator:
     def _draw(self, sampling: Sampling, group: int, key: tuple[int, int]) -> tuple[tuple[Sample, ...], ...]:
         run, frozen = self._run, self._frozen
         assert frozen.rewards is not None
-        experience = run.experience
-        given = isinstance(experience, DemonstrationConfig) or (
-            isinstance(experience, PairConfig) and experience.drawn is None
-        )
         source = SampleSource(
             task=frozen.task,
             tokenizer=frozen.policy.tokenizer,
@@ -185,7 +181,7 @@ class LanguageEvaluator:
             rewards=frozen.rewards,
             sampling=sampling,
             group=group,
-            limit=run.evaluation.limit if given else experience.limit,
+            limit=_limit(run),
             context=frozen.policy.context,
         )
         indices = range(self._count)
@@ -253,6 +249,15 @@ class LanguageEvaluator:
         if self._frozen.reference is not None:
             return (evaluation.log_prob - self._frozen.reference.evaluate(trajectory).log_prob).sum(-1)
         return evaluation.log_prob.sum(-1) / mask.sum(-1)
+
+
+def _limit(run: LanguageRun) -> int:
+    """Most tokens of a completion: as in training, where that draws any."""
+    experience = run.experience
+    drawn = isinstance(experience, PairConfig) and experience.drawn is not None
+    if isinstance(experience, CompletionConfig) or drawn:
+        return experience.limit
+    return run.evaluation.limit
 
 
 def _score(figures: Mapping[str, float]) -> float:
