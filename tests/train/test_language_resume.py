@@ -23,14 +23,14 @@ from upslope.train.session import ResumeError
 HERE = Path(__file__).parent
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for a crash that leaves nothing in order."""
 
 
 def stop_after(updates: int) -> Any:
     def callback(snapshot: Snapshot[Any, Any]) -> None:
         if snapshot.update == updates:
-            raise Stopped
+            raise StoppedError
 
     return callback
 
@@ -39,9 +39,9 @@ def stop_after(updates: int) -> Any:
 def test_an_interrupted_run_and_a_straight_one_are_the_same_bit_for_bit(case: str, tmp_path: Path) -> None:
     straight, broken = language_cases(tmp_path / "straight")[case], language_cases(tmp_path / "broken")[case]
     train(straight, task=some_task())
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(broken, task=some_task(), callbacks=[stop_after(1)])
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         resume(tmp_path / "broken/run", task=some_task(), callbacks=[stop_after(5)])
     resume(tmp_path / "broken/run", task=some_task())
     left, right = language_remains(tmp_path / "straight/run"), language_remains(tmp_path / "broken/run")
@@ -70,7 +70,7 @@ def test_resume_after_kill_9_is_exact(tmp_path: Path) -> None:
 def test_a_run_goes_on_although_the_policy_it_started_from_is_gone(tmp_path: Path) -> None:
     train(tiny_language(tmp_path, name="first", steps=2), task=some_task())
     run = replace(language_cases(tmp_path)["grpo"], start_from=str(tmp_path / "first"), name="second")
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(run, task=some_task(), callbacks=[stop_after(4)])
     (tmp_path / "first").rename(tmp_path / "elsewhere")
     result = resume(tmp_path / "second", task=some_task())

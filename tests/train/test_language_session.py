@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_language import COMPLETIONS, folder_hashes, language_cases, some_task, tiny_language
+from tiny_language import COMPLETIONS, SHAPE, folder_hashes, language_cases, some_task, tiny_language
 
 from upslope.algorithms import GRPO, SFT
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig
 from upslope.collect.rewards.protocol import Reward
 from upslope.errors import UsageError
+from upslope.policies.language.config import LanguageModelConfig
 from upslope.policies.language.sampling import Sampling
-from upslope.train import OptimizerConfig, load, load_language, save, train
+from upslope.train import OptimizerConfig, evaluate_language_run, load, load_language, save, train
 from upslope.train.language import LanguageEvaluationConfig
 from upslope.train.language.evaluate import pass_at
 from upslope.train.log import read_metrics
@@ -99,6 +100,32 @@ def test_the_policy_is_a_folder_that_loads_again(tmp_path: Path) -> None:
     assert folder_hashes(tmp_path / "run/policy") == hashes
     with pytest.raises(UsageError, match="load_language"):
         load(tmp_path / "run")
+
+
+def test_what_a_run_left_is_judged_as_at_its_end(tmp_path: Path) -> None:
+    result = train(language_cases(tmp_path)["grpo"], task=some_task())
+    assert result.evaluation is not None
+    again = evaluate_language_run(tmp_path / "run", prompts=4, samples=3, pass_at=(1, 3), task=some_task())
+    greedy = [name for name in again.figures if name.startswith("greedy")]
+    assert {name: again.figures[name] for name in greedy} == {name: result.evaluation.figures[name] for name in greedy}
+    assert again.figures["pass@1"] <= again.figures["pass@3"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "gpt2"])
+def test_what_generates_what_learns_and_what_is_saved_have_one_set_of_weights(
+    architecture: Any, tmp_path: Path
+) -> None:
+    model = LanguageModelConfig(shape=replace(SHAPE, architecture=architecture))
+    run = replace(language_cases(tmp_path)["grpo"], model=model, steps=4)
+    result = train(run, task=some_task())
+    records = of_kind(tmp_path / "run", "train")
+    assert records[-1]["reference_kl"] > 1e-4
+    assert max(record["mismatch"] for record in records) < 1e-5
+    again = load_language(tmp_path / "run")
+    tokens = torch.arange(1, 13).view(2, 6) % again.tokenizer.size
+    with torch.no_grad():
+        ours, theirs = (policy.log_prob(tokens[:, :-1], tokens[:, 1:]) for policy in (result.policy, again))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_run_starts_from_the_policy_of_another(tmp_path: Path) -> None:

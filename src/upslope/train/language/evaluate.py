@@ -254,8 +254,9 @@ class LanguageEvaluator:
 def _limit(run: LanguageRun) -> int:
     """Most tokens of a completion: as in training, where that draws any."""
     experience = run.experience
-    drawn = isinstance(experience, PairConfig) and experience.drawn is not None
-    if isinstance(experience, CompletionConfig) or drawn:
+    if isinstance(experience, CompletionConfig):
+        return experience.limit
+    if isinstance(experience, PairConfig) and experience.drawn is not None:
         return experience.limit
     return run.evaluation.limit
 

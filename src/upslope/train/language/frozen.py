@@ -117,7 +117,7 @@ def freeze_again(run: LanguageRun, task: Task, directory: RunDirectory, recorded
     policy = _policy(run, str(directory.start), None)
     place = run.reference if run.reference in (None, START) else str(directory.reference)
     reference = _reference(run, policy, place)
-    pairs = {name: _read(directory.pairs(name), policy.tokenizer) for name in _drawn(run)}
+    pairs = {name: read_pairs(directory.pairs(name), policy.tokenizer) for name in _drawn(run)}
     frozen = _frozen(task, policy, reference, reward_pool(run, task), pairs)
     check_hashes(frozen.hashes, recorded)
     return frozen
@@ -266,7 +266,12 @@ def _lines(pairs: Sequence[TokenPair], tokenizer: Tokenizer) -> bytes:
     return "".join(json.dumps(line) + "\n" for line in pairs_to_lines(pairs, tokenizer)).encode()
 
 
-def _read(path: Path, tokenizer: Tokenizer) -> list[TokenPair]:
+def read_pairs(path: Path, tokenizer: Tokenizer) -> list[TokenPair]:
+    """Pairs that were drawn and written.
+
+    Raises:
+        ResumeError: if they cannot be read.
+    """
     from upslope.collect.pairs import pairs_from_lines
 
     try:
