@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from upslope.commands.common import DONE, NOT_AS_DECLARED
+from upslope.commands.named import algorithm_named, algorithm_names
 from upslope.errors import UsageError, checking_usage
 from upslope.options import parse_known, parse_over
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from upslope.auditing import AuditReport
     from upslope.auditing.audit import Progress as Progressing
     from upslope.auditing.setting import Unit
-    from upslope.train.config import AlgorithmConfig
+    from upslope.algorithms import Algorithm
 
 _ACCURACY = 0.1
 
@@ -180,12 +181,14 @@ def _algorithm(command: Audit, name: str, settings: list[str], console: Console)
     from upslope.auditing import Circumstances, audit
     from upslope.exact import PROBLEMS, problem
 
-    kind = _kind(name)
+    kind = algorithm_named(name)
     on = command.problem or ("six-state" if kind is None or _discounted(kind) else "tokens")
     gamma = problem(on).mdp.gamma if on in PROBLEMS else 1.0
     algorithm, unit = _named(name, gamma=gamma)
     if command.group_size is not None and not algorithm.passes.groups:
-        raise UsageError("--group-size is for what compares a group: this algorithm sees single completions")
+        raise UsageError(
+            "--group-size is for functions and for what compares a group: this algorithm sees single completions"
+        )
     with checking_usage():
         if command.gamma is not None:
             if not _discounted(type(algorithm)):
@@ -218,48 +221,28 @@ def _bar(console: Console) -> Iterator[Progressing]:
         yield lambda done, of: bar.update(task, completed=done, total=of, visible=True)
 
 
-def _named(name: str, *, gamma: float) -> tuple[AlgorithmConfig, Unit | None]:
+def _named(name: str, *, gamma: float) -> tuple[Algorithm, Unit | None]:
     """An algorithm by its own name, with the problem's discount, or that of a recipe as it is; what it trains on."""
     from upslope.recipes import RECIPES, load_recipe
-    from upslope.train.config import AlgorithmConfig
+    from upslope.train import Run
 
-    kind = _kind(name)
+    kind = algorithm_named(name)
     if kind is not None:
         return (kind(gamma=gamma) if _discounted(kind) else kind()), None
-    kinds = [_dashed(kind.__name__) for kind in get_args(AlgorithmConfig)]
     if name.lower() in RECIPES:
         recipe = load_recipe(name.lower())
-        return recipe.algorithm, None if recipe.rollout.episodes is None else "episodes"
-    close = difflib.get_close_matches(name.lower(), [*kinds, *RECIPES], n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(kinds)}, and every recipe."
+        whole = isinstance(recipe, Run) and recipe.rollout.episodes is not None
+        return recipe.algorithm, "episodes" if whole else None
+    names = list(algorithm_names())
+    close = difflib.get_close_matches(name.lower(), [*names, *RECIPES], n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}, and every recipe."
     raise UsageError(f"there is no algorithm {name!r}; {hint} A loss of your own is given as path/to/file.py:function")
 
 
-def _kind(name: str) -> Callable[..., AlgorithmConfig] | None:
-    """The algorithm of this name."""
-    from upslope.train.config import AlgorithmConfig
-
-    return {_plain(_dashed(kind.__name__)): kind for kind in get_args(AlgorithmConfig)}.get(_plain(name))
-
-
-def _discounted(kind: Callable[..., AlgorithmConfig]) -> bool:
+def _discounted(kind: Callable[..., Algorithm]) -> bool:
     """Whether gamma is a setting of it."""
     assert isinstance(kind, type)
     return "gamma" in {field.name for field in dataclasses.fields(kind)}
-
-
-def _plain(name: str) -> str:
-    """`OneStepActorCritic` and `one-step-actor-critic` alike."""
-    return name.lower().replace("-", "").replace("_", "")
-
-
-def _dashed(name: str) -> str:
-    """`OneStepActorCritic` as `one-step-actor-critic`; `A2C` and `PPO` as `a2c` and `ppo`."""
-    letters = [
-        f"-{letter}" if letter.isupper() and position and name[position - 1].islower() else letter
-        for position, letter in enumerate(name)
-    ]
-    return "".join(letters).lower()
 
 
 def _all(command: Audit, console: Console) -> int:
