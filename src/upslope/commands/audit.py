@@ -27,10 +27,10 @@ from upslope.errors import UsageError, checking_usage
 from upslope.options import parse_known, parse_over
 
 if TYPE_CHECKING:
+    from upslope.algorithms import Algorithm
     from upslope.auditing import AuditReport
     from upslope.auditing.audit import Progress as Progressing
     from upslope.auditing.setting import Unit
-    from upslope.algorithms import Algorithm
 
 _ACCURACY = 0.1
 
