@@ -105,7 +105,7 @@ class Collected:
         Args:
             tokenizer: writes the prompts as text.
             advantage: [B, T] Psi_t of the trajectory's rows, or None. A record's `advantage` is its mean over the
-                chosen tokens; `token_advantage` has one per token where they differ. Replies have none, and no log-prob.
+                chosen tokens; `token_advantage` has one per token where they differ. Replies have none and no log-prob.
         """
         for sample in self.samples:
             yield {

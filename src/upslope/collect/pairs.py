@@ -33,6 +33,8 @@ class TokenPair:
         rejected_ended: the same of the worse one.
         chosen_total: what the better answer is worth.
         rejected_total: what the worse one is worth.
+        chosen_own: per token of the better answer, whether the policy chose it; None for all of them.
+        rejected_own: the same of the worse one.
     """
 
     prompt: Tokens
@@ -42,6 +44,20 @@ class TokenPair:
     rejected_ended: bool
     chosen_total: float
     rejected_total: float
+    chosen_own: tuple[bool, ...] | None = None
+    rejected_own: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse pieces that do not fit each other."""
+        for name, answer, own in (
+            ("chosen", self.chosen, self.chosen_own),
+            ("rejected", self.rejected, self.rejected_own),
+        ):
+            if own is not None and (len(own) != len(answer) or not own[-1:] == (True,)):
+                raise ValueError(
+                    f"{name}_own says of each of the {len(answer)} tokens whether the policy chose it, as it did the "
+                    f"last; got {len(own)} entries"
+                )
 
 
 class PairCollector:
@@ -103,8 +119,8 @@ class PairCollector:
             )
         else:
             rows = (
-                TokenRow(prompt=pair.prompt, answer=pair.chosen, reward=1.0, ended=pair.chosen_ended),
-                TokenRow(prompt=pair.prompt, answer=pair.rejected, reward=-1.0, ended=pair.rejected_ended),
+                _drawn_row(pair.prompt, pair.chosen, pair.chosen_own, 1.0, pair.chosen_ended),
+                _drawn_row(pair.prompt, pair.rejected, pair.rejected_own, -1.0, pair.rejected_ended),
             )
         if rows[0].answer == rows[1].answer:
             raise UsageError(
@@ -217,8 +233,14 @@ def _pair(scored: Sequence[Sample]) -> list[TokenPair]:
             rejected_ended=worst.completion.ended,
             chosen_total=_total(best),
             rejected_total=_total(worst),
+            chosen_own=best.completion.chosen,
+            rejected_own=worst.completion.chosen,
         )
     ]
+
+
+def _drawn_row(prompt: Tokens, answer: Tokens, own: tuple[bool, ...] | None, reward: float, ended: bool) -> TokenRow:
+    return TokenRow(prompt=prompt, answer=answer, chosen=own, reward=reward, ended=ended)
 
 
 def _total(sample: Sample) -> float:
