@@ -38,7 +38,7 @@ def arithmetic_sft() -> LanguageRun:
         evaluation=LanguageEvaluationConfig(times=3, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
-        steps=900,
+        steps=600,
     )
 
 

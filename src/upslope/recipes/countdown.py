@@ -11,6 +11,7 @@ from upslope.train.language import LanguageEvaluationConfig, LanguageLogConfig, 
 
 _LIMIT = 24
 """Tokens: the longest expression with its end takes 9."""
+_COUNTDOWN = Countdown(held_out=512)
 _EVALUATION = LanguageEvaluationConfig(times=4, prompts=512, samples=4, pass_at=(4,), limit=_LIMIT)
 
 
@@ -19,7 +20,7 @@ def countdown_sft() -> LanguageRun:
     return LanguageRun(
         recipe="countdown-sft",
         model=LanguageModelConfig(shape=ModelShape(width=64, layers=2, heads=4, inner=256, positions=64)),
-        task=Countdown(),
+        task=_COUNTDOWN,
         experience=DemonstrationConfig(rows=64),
         algorithm=SFT(),
         optimizer=OptimizerConfig(
@@ -37,7 +38,7 @@ def countdown_grpo() -> LanguageRun:
     return LanguageRun(
         recipe="countdown-grpo",
         start_from="countdown-sft",
-        task=Countdown(),
+        task=_COUNTDOWN,
         experience=CompletionConfig(prompts=32, group=16, limit=_LIMIT),
         algorithm=GRPO(baseline="leave_one_out", scale="none", reduction="trajectory_sum"),
         optimizer=OptimizerConfig(learning_rate=3e-4, max_gradient_norm=1.0, epsilon=1e-8),

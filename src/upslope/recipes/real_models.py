@@ -1,4 +1,4 @@
-"""Configurations for language models of Qwen's size on mathematics in the format of GSM8K: one GPU, weights from the hub.
+"""Language models of Qwen's size on mathematics in the format of GSM8K: one GPU, weights from the hub.
 
 The data are two files of JSON lines, `gsm8k/train.jsonl` and `gsm8k/test.jsonl`, with the columns `question` and
 `answer`, whose right answer follows `####`. Weights and data are not part of this library: a run ends with what is
