@@ -9,6 +9,8 @@ from upslope.recipes.arithmetic import arithmetic_ppo as arithmetic_ppo
 from upslope.recipes.arithmetic import arithmetic_reinforce as arithmetic_reinforce
 from upslope.recipes.arithmetic import arithmetic_rloo as arithmetic_rloo
 from upslope.recipes.arithmetic import arithmetic_sft as arithmetic_sft
+from upslope.recipes.calculator import calculator_grpo as calculator_grpo
+from upslope.recipes.calculator import calculator_sft as calculator_sft
 from upslope.recipes.control import acrobot_ppo as acrobot_ppo
 from upslope.recipes.control import bipedalwalker_ppo as bipedalwalker_ppo
 from upslope.recipes.control import breakout_ppo as breakout_ppo

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from upslope.algorithms import GRPO, PPO, RLOO, SFT, Preference, Reinforce
-from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
+from upslope.collect.experience import CompletionConfig, DemonstrationConfig, OverlongPenalty, PairConfig
 from upslope.collect.tasks.arithmetic import ThinkOrBlurt
 from upslope.policies.language.config import LanguageModelConfig, ModelShape
 from upslope.train import CheckpointConfig, OptimizerConfig
@@ -50,7 +50,7 @@ def _learning(name: str) -> LanguageRun:
         task=ThinkOrBlurt(),
         experience=CompletionConfig(prompts=32, group=8, limit=_LIMIT),
         algorithm=GRPO(),
-        optimizer=OptimizerConfig(learning_rate=3e-4, max_gradient_norm=1.0, epsilon=1e-8),
+        optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", max_gradient_norm=1.0, epsilon=1e-8),
         evaluation=LanguageEvaluationConfig(times=5, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
@@ -59,8 +59,14 @@ def _learning(name: str) -> LanguageRun:
 
 
 def arithmetic_grpo() -> LanguageRun:
-    """GRPO without the division by the group's standard deviation, one update per batch."""
-    return replace(_learning("arithmetic-grpo"), algorithm=GRPO(scale="none", reduction="step_mean"))
+    """GRPO that divides neither by the group's standard deviation nor by lengths; two clipped steps per batch."""
+    run = _learning("arithmetic-grpo")
+    return replace(
+        run,
+        algorithm=GRPO(scale="none", reduction="trajectory_sum", minibatches=2),
+        optimizer=replace(run.optimizer, learning_rate=4e-4),
+        steps=120,
+    )
 
 
 def arithmetic_rloo() -> LanguageRun:
@@ -98,13 +104,19 @@ def arithmetic_gspo() -> LanguageRun:
 
 
 def arithmetic_ppo() -> LanguageRun:
-    """PPO with a critic and GAE on tokens."""
+    """PPO with a critic and GAE on tokens; completions near the limit are punished.
+
+    PPO takes a limit as a cut and goes on with what the critic says of the last token: without the punishment, never
+    ending is worth as much as a right answer, and the policy learns just that.
+    """
     run = _learning("arithmetic-ppo")
     return replace(
         run,
         model=replace(run.model, value_head=True),
-        experience=replace(run.experience, prompts=256, group=1),
-        algorithm=PPO(gamma=1.0, gae_lambda=1.0, epochs=1, minibatches=2, value_coefficient=0.5),
+        experience=CompletionConfig(prompts=256, group=1, limit=_LIMIT, overlong=OverlongPenalty(buffer=12)),
+        algorithm=PPO(gamma=1.0, gae_lambda=1.0, epochs=1, minibatches=2),
+        optimizer=replace(run.optimizer, learning_rate=4e-4),
+        steps=120,
     )
 
 

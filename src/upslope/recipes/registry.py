@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 
 from upslope.errors import UsageError
-from upslope.recipes import arithmetic, control, countdown, presets, real_models, tables, words
+from upslope.recipes import arithmetic, calculator, control, countdown, presets, real_models, tables, words
 from upslope.train import Run
 from upslope.train.language import LanguageRun
 from upslope.train.session import AnyRun
@@ -48,6 +48,8 @@ RECIPES: dict[str, Callable[[], AnyRun]] = {
         arithmetic.arithmetic_dpo,
         countdown.countdown_sft,
         countdown.countdown_grpo,
+        calculator.calculator_sft,
+        calculator.calculator_grpo,
         words.spell_backward_sft,
         words.spell_backward_grpo,
         real_models.gsm8k_qwen_0_5b_sft,
