@@ -102,11 +102,20 @@ class _Command:
 
 
 _COMMANDS = {
-    "train": _Command(takes="RECIPE [--setting value ...]", purpose="train a recipe", file="train"),
+    "train": _Command(
+        takes="RECIPE... [--setting value ...]", purpose="train a recipe, or several in turn", file="train"
+    ),
     "recipes": _Command(takes="", purpose="list the built-in recipes", file="recipes"),
-    "describe": _Command(takes="RECIPE|RUN", purpose="show the exact estimator and every setting", file="describe"),
+    "describe": _Command(
+        takes="RECIPE|RUN|ALGORITHM [--against B]",
+        purpose="show the exact estimator and every setting, or where two estimators differ",
+        file="describe",
+    ),
     "resume": _Command(takes="RUN [--steps N]", purpose="go on with a run", file="resume"),
-    "evaluate": _Command(takes="RUN [--episodes N]", purpose="judge the policy of a run", file="evaluate"),
+    "evaluate": _Command(
+        takes="RUN [--episodes N | --prompts N --samples K]", purpose="judge the policy of a run", file="evaluate"
+    ),
+    "sample": _Command(takes='RUN --prompt "..." [-n N]', purpose="complete a prompt with a policy", file="sample"),
     "compare": _Command(takes="RUN... [--out PICTURE]", purpose="compare runs over seeds", file="compare"),
     "diagnose": _Command(takes="RUN", purpose="say what is wrong with a run, if something is", file="diagnose"),
     "audit": _Command(

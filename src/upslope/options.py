@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -14,31 +15,36 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from upslope.errors import UsageError
 
 if TYPE_CHECKING:
-    from upslope.train import Run
+    from upslope.train.session import AnyRun
 
 _Settings = TypeVar("_Settings")
+_RunKind = TypeVar("_RunKind", bound="AnyRun")
+_CHOSEN = ("task", "experience", "algorithm")
+"""Settings of a run that may be of several classes: a recipe has chosen one, whose settings are the options."""
 
 
-def configure(run: Run, settings: Sequence[str], *, program: str) -> Run:
+def configure(run: _RunKind, settings: Sequence[str], *, program: str) -> _RunKind:
     """A configuration with some settings changed, as `--algorithm.clip 0.1 --steps 1e6`.
 
     The options are the fields of the configuration and of the very classes in it, an algorithm of the user's own
-    included; what is not given stays as it is in `run`.
+    included; what is not given stays as it is in `run`. A part that may be left out, such as `model.lora`, is there
+    once one of its settings is named, and `--model.lora None` leaves it out.
 
     Raises:
         SystemExit: after `--help` (code 0) or a setting that cannot be read (code 2).
     """
+    run, settings = _switched(run, tuple(settings))
+    values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     kind = dataclasses.make_dataclass(
         type(run).__name__,
-        [("algorithm", type(run.algorithm), dataclasses.field(kw_only=True))],
+        [(name, type(values[name]), dataclasses.field(kw_only=True)) for name in _CHOSEN if name in values],
         bases=(type(run),),
         frozen=True,
     )
-    values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     changed = tyro.cli(
         kind,
         prog=program,
-        description="Every setting of this recipe, what it is and what it is set to.",
+        description="Every setting of this recipe, what it is and what it is set to." + _left_out(run),
         default=kind(**values),
         args=settings,
         config=(tyro.conf.AvoidSubcommands,),
@@ -46,6 +52,52 @@ def configure(run: Run, settings: Sequence[str], *, program: str) -> Run:
         use_underscores=True,
     )
     return type(run)(**{name: getattr(changed, name) for name in values})
+
+
+def _switched(config: Any, settings: tuple[str, ...], prefix: str = "--") -> tuple[Any, tuple[str, ...]]:
+    """The configuration with parts put in that settings name, and left out where they say None; the other settings."""
+    for name, kind in _parts(config):
+        value, option = getattr(config, name), f"{prefix}{name}"
+        words = [word.replace("-", "_").replace("__", "--", 1) for word in settings]
+        changed = value
+        if kind is not None and option in words and settings[words.index(option) + 1 :][:1] == ("None",):
+            place = words.index(option)
+            changed, settings = None, settings[:place] + settings[place + 2 :]
+        elif kind is not None and value is None and any(word.startswith(f"{option}.") for word in words):
+            changed = kind()
+        if dataclasses.is_dataclass(changed):
+            changed, settings = _switched(changed, settings, f"{option}.")
+        if changed is not value:
+            config = dataclasses.replace(config, **{name: changed})
+    return config, settings
+
+
+def _left_out(config: Any) -> str:
+    """Which parts are not there, and which settings would put them in."""
+    lines = [
+        f"--{name}.{{{', '.join(field.name for field in dataclasses.fields(kind))}}}" for name, kind in _absent(config)
+    ]
+    return f" Left out, and put in by naming one of their settings: {'; '.join(lines)}." if lines else ""
+
+
+def _absent(config: Any, prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
+    for name, kind in _parts(config):
+        value = getattr(config, name)
+        if value is None and kind is not None:
+            yield f"{prefix}{name}", kind
+        elif value is not None:
+            yield from _absent(value, f"{prefix}{name}.")
+
+
+def _parts(config: Any) -> Iterator[tuple[str, type[Any] | None]]:
+    """Fields that hold settings of their own, or might, and the class of those that may be left out."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        kinds = get_args(hints[field.name])
+        present = [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+        optional = present if NoneType in kinds else []
+        if optional or dataclasses.is_dataclass(getattr(config, field.name)):
+            yield field.name, optional[0] if len(optional) == 1 else None
 
 
 def as_recorded(config: Any, tree: Mapping[str, Any], where: str = "run") -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -14,7 +14,8 @@ from upslope.errors import UsageError, checking_usage
 from upslope.options import configure
 
 if TYPE_CHECKING:
-    from upslope.train import Result, Run
+    from upslope.train import Result
+    from upslope.train.session import AnyRun
 
 DONE, NOT_AS_DECLARED, BAD_INPUT, INTERRUPTED, KILLED = 0, 1, 2, 75, 130
 
@@ -29,7 +30,7 @@ def say(console: Console, text: str | Text, style: str = "") -> None:
     console.print(Text(text, style=style) if isinstance(text, str) else text, soft_wrap=True)
 
 
-def configured(arguments: Sequence[str], command: str) -> tuple[str, Run]:
+def configured(arguments: Sequence[str], command: str) -> tuple[str, AnyRun]:
     """A recipe's name and its configuration after the settings given behind it."""
     from upslope.recipes import load_recipe
     from upslope.report.terminal import default_settings
@@ -47,8 +48,8 @@ def configured(arguments: Sequence[str], command: str) -> tuple[str, Run]:
 
 
 def conclude(
-    result: Result,
-    run: Run,
+    result: Result[Any, Any],
+    run: AnyRun,
     seconds: float,
     *,
     recipe: str | None,
@@ -72,11 +73,12 @@ def conclude(
     """
     from upslope.report.conclusion import finished, resume_command, stopped
     from upslope.train.config_file import read_evaluation
+    from upslope.train.language import LanguageRun
 
     own = None if type(run.algorithm).__module__.startswith("upslope.") else recipe
     console = Console()
     if result.interrupted:
-        rebuilt = read_evaluation(result.directory)[0].resume == "rebuild"
+        rebuilt = not isinstance(run, LanguageRun) and read_evaluation(result.directory)[0].resume == "rebuild"
         command = resume_command(result, run, steps=steps, recipe=own)
         console.print(stopped(result, run, command, rebuilt=rebuilt), soft_wrap=True)
         return INTERRUPTED

@@ -1,22 +1,52 @@
-"""`upslope describe`: the exact estimator and every setting of a recipe or of a run."""
+"""`upslope describe`: the exact estimator and every setting of a recipe, a run or an algorithm; or how two differ."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from upslope.commands.common import DONE, Nothing, configured
-from upslope.options import parse
+from upslope.commands.common import DONE, Nothing, configured, say
+from upslope.commands.named import algorithm_named
+from upslope.errors import UsageError, checking_usage
+from upslope.options import parse, parse_over
 
-_HELP = """usage: upslope describe RECIPE [--setting value ...]
+_HELP = """usage: upslope describe RECIPE|ALGORITHM [--setting value ...]
        upslope describe RUN
+       upslope describe A [--setting value ...] --against B [--setting value ...]
 
-Show the exact estimator and every resolved setting of a recipe or of a run directory; what differs from its default
-is highlighted."""
+Show the exact estimator and every resolved setting of a recipe, of a run directory, or of an algorithm by its name;
+what differs from its default is highlighted. With --against: only where the estimators of the two differ, side by side.
+
+  upslope describe arithmetic-grpo
+  upslope describe runs/arithmetic-grpo-seed1
+  upslope describe grpo-trl --against grpo-verl
+  upslope describe grpo --scale none --against rloo"""
+
+_AGAINST = "--against"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Described:
+    """What is shown.
+
+    Attributes:
+        name: as it was asked for.
+        place: what it learns in, with the word before it; empty for an algorithm alone.
+        estimator: in words.
+        tree: all settings.
+        defaults: of those that have one, by dotted name.
+    """
+
+    name: str
+    place: str
+    estimator: Mapping[str, str]
+    tree: Mapping[str, Any]
+    defaults: Mapping[str, Any]
 
 
 def act(arguments: Sequence[str]) -> int:
@@ -24,25 +54,95 @@ def act(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         print(_HELP)
         return DONE
-    from upslope.report.terminal import default_settings, estimator_table, settings_table
-    from upslope.train.config_file import config_to_tree, recorded_estimator, recorded_run
+    if _AGAINST in arguments:
+        place = list(arguments).index(_AGAINST)
+        return _differences(arguments[:place], arguments[place + 1 :])
+    from upslope.report.terminal import estimator_table, settings_table
+
+    found = _described(arguments)
+    console = Console()
+    console.print(Text.assemble((found.name, "bold cyan"), found.place))
+    console.print()
+    console.print(estimator_table(found.estimator))
+    console.print()
+    console.print(settings_table(found.tree, found.defaults))
+    return DONE
+
+
+def _differences(first: Sequence[str], second: Sequence[str]) -> int:
+    from upslope.report.terminal import differences_table
+
+    if not first or not second or _AGAINST in second:
+        raise UsageError(f"two are held against each other: upslope describe A {_AGAINST} B")
+    one, other = _described(first), _described(second)
+    differing = {
+        row: (one.estimator.get(row), other.estimator.get(row))
+        for row in dict.fromkeys([*one.estimator, *other.estimator])
+        if one.estimator.get(row) != other.estimator.get(row)
+    }
+    console = Console()
+    names = (one.name, other.name) if one.name != other.name else (" ".join(first), " ".join(second))
+    if not differing:
+        say(console, f"{names[0]} and {names[1]} have the same estimator: {len(one.estimator)} rows are equal")
+        return DONE
+    console.print(differences_table(differing, names))
+    say(console, f"{len(set(one.estimator) | set(other.estimator)) - len(differing)} other rows are equal", style="dim")
+    return DONE
+
+
+def _described(arguments: Sequence[str]) -> _Described:
+    """A run directory, an algorithm or a recipe, whichever has that name first."""
+    if arguments and Path(arguments[0]).is_dir():
+        return _of_run(Path(arguments[0]), arguments[1:])
+    if arguments and algorithm_named(arguments[0]) is not None:
+        return _of_algorithm(arguments[0], arguments[1:])
+    from upslope.report.conclusion import world
+    from upslope.report.terminal import default_settings
+    from upslope.train.config_file import config_to_tree
     from upslope.train.describe import describe_run
 
-    if arguments and Path(arguments[0]).is_dir():
-        directory = Path(arguments[0])
-        parse(Nothing, arguments[1:], program=f"upslope describe {arguments[0]}")
-        tree, estimator = recorded_run(directory), recorded_estimator(directory)
-        defaults = _recorded_defaults(directory)
-    else:
-        _, run = configured(arguments, "describe")
-        tree, estimator, defaults = config_to_tree(run), describe_run(run), default_settings(run)
-    console = Console()
-    console.print(Text(tree["recipe"], style="bold cyan"), "on", Text(tree["environment"]["id"]), highlight=False)
-    console.print()
-    console.print(estimator_table(estimator))
-    console.print()
-    console.print(settings_table(tree, defaults))
-    return DONE
+    name, run = configured(arguments, "describe")
+    return _Described(
+        name=name if ":" in name else run.recipe,
+        place=f" on {world(run)}",
+        estimator=describe_run(run),
+        tree=config_to_tree(run),
+        defaults=default_settings(run),
+    )
+
+
+def _of_run(directory: Path, rest: Sequence[str]) -> _Described:
+    from upslope.train.config_file import recorded_estimator, recorded_run
+
+    parse(Nothing, rest, program=f"upslope describe {directory}")
+    tree = recorded_run(directory)
+    place = tree["environment"]["id"] if "environment" in tree else tree["task"]["class"]
+    return _Described(
+        name=tree["recipe"],
+        place=f" on {place}, in {directory}",
+        estimator=recorded_estimator(directory),
+        tree=tree,
+        defaults=_recorded_defaults(directory),
+    )
+
+
+def _of_algorithm(name: str, settings: Sequence[str]) -> _Described:
+    from upslope.report.terminal import default_settings
+    from upslope.train.config_file import config_to_tree
+
+    kind = algorithm_named(name)
+    assert kind is not None
+    with checking_usage():
+        algorithm = parse_over(
+            kind(), settings, program=f"upslope describe {name}", description="Settings of the algorithm."
+        )
+    return _Described(
+        name=type(algorithm).__name__,
+        place="",
+        estimator=algorithm.describe(),
+        tree=config_to_tree(algorithm),
+        defaults=default_settings(algorithm),
+    )
 
 
 def _recorded_defaults(directory: Path) -> dict[str, Any]:

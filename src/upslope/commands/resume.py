@@ -28,7 +28,7 @@ class Resume:
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Its directory."""
     steps: int | None = None
-    """A new total of environment steps; `1e6` may be written."""
+    """A new total of environment steps, or of a language model's updates; `1e6` may be written."""
     recipe: str | None = None
     """The recipe that made it, path/to/file.py:function; needed only where that uses classes of your own."""
     environment: str | None = None
@@ -41,6 +41,7 @@ def act(arguments: Sequence[str]) -> int:
     from upslope.recipes import load_recipe
     from upslope.train import resume
     from upslope.train.config_file import read_run, recorded_run
+    from upslope.train.language import LanguageRun
 
     given = None if command.recipe is None else as_recorded(load_recipe(command.recipe), recorded_run(command.run))
     run = read_run(command.run) if given is None else given
@@ -48,7 +49,7 @@ def act(arguments: Sequence[str]) -> int:
     result = resume(command.run, run=given, steps=command.steps, environments=command.environment)
     if command.steps is not None:
         run = dataclasses.replace(run, steps=command.steps)
-    if command.environment is not None:
+    if command.environment is not None and not isinstance(run, LanguageRun):
         run = dataclasses.replace(run, environment=dataclasses.replace(run.environment, id=command.environment))
     return conclude(
         result,

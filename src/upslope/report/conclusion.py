@@ -5,32 +5,38 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from upslope.report.language import made_by_language, of_language, use_of_language
 from upslope.report.terminal import evaluation_table
-from upslope.train import Result, Run
+from upslope.train import EvaluationReport, Result
 from upslope.train.given import environment_again
+from upslope.train.language import LanguageRun
+from upslope.train.session import AnyRun
 
 
-def resume_command(result: Result, run: Run, *, steps: int | None = None, recipe: str | None = None) -> str:
+def resume_command(
+    result: Result[Any, Any], run: AnyRun, *, steps: int | None = None, recipe: str | None = None
+) -> str:
     """The command that goes on with a run.
 
     Args:
         result: of the run.
         run: its configuration.
-        steps: a new total of environment steps, if it is not the recorded one.
+        steps: a new total of environment steps or updates, if it is not the recorded one.
         recipe: the recipe, if it has classes of the user's own.
     """
     words = ["upslope", "resume", str(as_seen_from_here(result.directory))]
     words += [] if steps is None else ["--steps", str(steps)]
     words += [] if recipe is None else ["--recipe", recipe]
-    return shlex.join(words + environment_again(run.environment))
+    return shlex.join(words + _again(run))
 
 
-def stopped(result: Result, run: Run, command: str, *, rebuilt: bool) -> RenderableType:
+def stopped(result: Result[Any, Any], run: AnyRun, command: str, *, rebuilt: bool) -> RenderableType:
     """After a signal: where the run stands, and the command that goes on with it.
 
     Args:
@@ -44,14 +50,17 @@ def stopped(result: Result, run: Run, command: str, *, rebuilt: bool) -> Rendera
         "one that was not stopped."
     )
     return Group(
-        Text(f"Stopped at step {result.steps:,} of {run.steps:,}; everything is saved.{once_more if rebuilt else ''}"),
+        Text(
+            f"Stopped at {'update' if isinstance(run, LanguageRun) else 'step'} {result.steps:,} of {run.steps:,}; "
+            f"everything is saved.{once_more if rebuilt else ''}"
+        ),
         Text("To go on:"),
         Text(f"  {command}", style="bold"),
     )
 
 
 def finished(
-    result: Result, run: Run, seconds: float, *, longer: str, another: str | None, resumed: bool
+    result: Result[Any, Any], run: AnyRun, seconds: float, *, longer: str, another: str | None, resumed: bool
 ) -> RenderableType:
     """After the last step: how good the policy is, what lies where, and what to do with it.
 
@@ -64,36 +73,52 @@ def finished(
         resumed: the run went on from a checkpoint.
     """
     directory = as_seen_from_here(result.directory)
-    quoted = shlex.quote(str(directory))
+    speaks = isinstance(run, LanguageRun)
+    taken = f"{result.steps:,} {'updates' if speaks else 'steps'} on {world(run)}"
+    since = "since it was resumed" if resumed else ""
     parts: list[RenderableType] = [
-        Text.assemble(
-            (f"{run.recipe}", "bold green"),
-            f" has taken {result.steps:,} steps on {run.environment.id}, in {duration(seconds)} ",
-            "since it was resumed" if resumed else "",
-        )
+        Text.assemble((run.recipe, "bold green"), f" has taken {taken}, in {duration(seconds)} {since}")
     ]
-    if result.evaluation is not None:
-        parts.append(Padding(evaluation_table(result.evaluation), (1, 0, 0, 2)))
-    made = [
-        (str(directory), "settings, metrics, checkpoints, TensorBoard events"),
-        (str(directory / "policy"), "the policy at the end"),
-        (str(directory / "best"), "the policy that was best in evaluation"),
-    ]
+    if speaks:
+        parts += of_language(result.directory)
+        made = made_by_language(directory)
+        used = use_of_language(result.directory, run, directory)
+    else:
+        if isinstance(result.evaluation, EvaluationReport):
+            parts.append(Padding(evaluation_table(result.evaluation), (1, 0, 0, 2)))
+        made = [
+            (str(directory), "settings, metrics, checkpoints, TensorBoard events"),
+            (str(directory / "policy"), "the policy at the end"),
+            (str(directory / "best"), "the policy that was best in evaluation"),
+        ]
+        used = [
+            ("use it in Python", f'policy = upslope.load("{directory / "policy"}"); action = policy.act(observation)')
+        ]
+    following = [*_following(run, directory, longer=longer, another=another), *used]
+    parts += _section("made", made, styles=("cyan", "")) + _section("next", following, styles=("", "cyan"))
+    return Group(*parts)
+
+
+def world(run: AnyRun) -> str:
+    """Where a policy is trained: an environment, or a task."""
+    return type(run.task).__name__ if isinstance(run, LanguageRun) else run.environment.id
+
+
+def _following(run: AnyRun, directory: Path, *, longer: str, another: str | None) -> list[tuple[str, str]]:
+    quoted = shlex.quote(str(directory))
     alike = quoted.removesuffix(str(run.seed)) + "*" if quoted.endswith(f"-seed{run.seed}") else f"{quoted} OTHER_RUN"
-    following = [
-        (
-            "judge it",
-            shlex.join(
-                ["upslope", "evaluate", str(directory), "--episodes", "100", *environment_again(run.environment)]
-            ),
-        ),
+    more = ["--prompts", "1024"] if isinstance(run, LanguageRun) else ["--episodes", "100"]
+    return [
+        ("judge it", shlex.join(["upslope", "evaluate", str(directory), *more, *_again(run)])),
         ("train on", longer),
         *([] if another is None else [("train another seed", another)]),
         ("compare seeds", f"upslope compare {alike} --out curves.png"),
-        ("use it in Python", f'policy = upslope.load("{directory / "policy"}"); action = policy.act(observation)'),
     ]
-    parts += _section("made", made, styles=("cyan", "")) + _section("next", following, styles=("", "cyan"))
-    return Group(*parts)
+
+
+def _again(run: AnyRun) -> list[str]:
+    """Options that name what a run directory alone may not."""
+    return [] if isinstance(run, LanguageRun) else environment_again(run.environment)
 
 
 def as_seen_from_here(path: Path) -> Path:

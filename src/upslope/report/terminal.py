@@ -14,26 +14,58 @@ from rich.table import Table
 from rich.text import Text
 
 from upslope.train import EvaluationReport, Run
+from upslope.train.language import LanguageRun
+from upslope.train.session import AnyRun
 
 
-def recipes_table(recipes: Sequence[tuple[str, Run, str]], *, wide: bool) -> RenderableType:
-    """Names, configurations and descriptions of recipes; where it is not `wide`, descriptions on lines of their own."""
+def recipes_table(recipes: Sequence[tuple[str, AnyRun, str]], *, wide: bool) -> RenderableType:
+    """Names, configurations and descriptions of recipes, agents first and language models below.
+
+    Args:
+        recipes: name, configuration and description of each.
+        wide: descriptions stand beside the rest, not on lines of their own.
+    """
+    agents = [
+        ((name, run.environment.id, type(run.algorithm).__name__, f"{run.steps:,}"), text)
+        for name, run, text in recipes
+        if isinstance(run, Run)
+    ]
+    models = [
+        ((name, _begins(run), type(run.algorithm).__name__, f"{run.steps:,}"), text)
+        for name, run, text in recipes
+        if isinstance(run, LanguageRun)
+    ]
+    return Group(
+        *_section("environments", ("recipe", "environment", "algorithm", "steps"), agents, wide=wide),
+        Text(""),
+        *_section("language", ("recipe", "task", "algorithm", "updates"), models, wide=wide),
+    )
+
+
+def _section(
+    title: str, headings: tuple[str, ...], recipes: Sequence[tuple[tuple[str, ...], str]], *, wide: bool
+) -> list[RenderableType]:
+    lines: list[RenderableType] = [Text(title, style="bold")]
+    if not wide:
+        for (name, *rest), description in recipes:
+            settings = ", ".join([*rest[:-1], f"{rest[-1]} {headings[-1]}"])
+            lines.append(Text.assemble((name, "bold cyan"), "  ", settings))
+            lines.append(Padding(Text(description, style="dim"), (0, 0, 0, 2)))
+        return lines
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("recipe", style="cyan", no_wrap=True)
-    table.add_column("environment", no_wrap=True)
-    table.add_column("algorithm", no_wrap=True)
-    table.add_column("steps", justify="right", no_wrap=True)
-    rows = [(name, run.environment.id, type(run.algorithm).__name__, f"{run.steps:,}") for name, run, _ in recipes]
-    if wide:
-        table.add_column("what it is")
-        for row, (_, _, description) in zip(rows, recipes, strict=True):
-            table.add_row(*row, description)
-        return table
-    lines: list[RenderableType] = []
-    for (name, *rest), (_, _, description) in zip(rows, recipes, strict=True):
-        lines.append(Text.assemble((name, "bold cyan"), "  ", ", ".join([*rest[:-1], f"{rest[-1]} steps"])))
-        lines.append(Padding(Text(description, style="dim"), (0, 0, 0, 2)))
-    return Group(*lines)
+    for heading in headings:
+        style = "cyan" if heading == "recipe" else ""
+        table.add_column(heading, style=style, justify="right" if heading == headings[-1] else "left", no_wrap=True)
+    table.add_column("what it is")
+    for row, description in recipes:
+        table.add_row(*map(Text, row), Text(description))
+    return [*lines, table]
+
+
+def _begins(run: LanguageRun) -> str:
+    """The task, and the policy that a run begins with."""
+    start = run.start_from or run.model.source
+    return type(run.task).__name__ + ("" if start is None else f" from {start}")
 
 
 def evaluation_table(report: EvaluationReport) -> Table:
@@ -139,3 +171,14 @@ def _as_in_tree(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_as_in_tree(item) for item in value]
     return value if isinstance(value, bool | int | float | str | Mapping | None) else str(value)
+
+
+def differences_table(differing: Mapping[str, tuple[str | None, str | None]], names: tuple[str, str]) -> Table:
+    """The rows in which two estimators differ, side by side; "-" where one has no such row."""
+    table = Table(box=None, pad_edge=False, header_style="bold cyan", padding=(0, 2, 1, 0))
+    table.add_column("", style="dim", no_wrap=True)
+    for name in names:
+        table.add_column(Text(name), ratio=1)
+    for row, texts in differing.items():
+        table.add_row(row, *(Text("-" if text is None else text) for text in texts))
+    return table
