@@ -27,8 +27,6 @@ from upslope.policies.language.sampling import Sampling
 from upslope.policies.language.tokenizer import character_tokenizer
 
 HERE = Path(__file__).parent
-WARM_UP = 2
-"""Steps of each side that are not counted."""
 EMBEDDING_SCALE = 0.25
 """Makes the first distributions nearly uniform."""
 
@@ -124,13 +122,13 @@ def alternate(case: str, folder: str, options: argparse.Namespace) -> dict[str, 
     }
     records: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     try:
-        for _ in range(WARM_UP + options.steps):
+        for _ in range(options.warm_up + options.steps):
             for name, side in sides.items():
                 records[name].append(side.step())
     finally:
         for side in sides.values():
             side.close()
-    return {name: of_side[WARM_UP:] for name, of_side in records.items()}
+    return {name: of_side[options.warm_up :] for name, of_side in records.items()}
 
 
 def spread(values: list[float]) -> str:
@@ -165,9 +163,7 @@ def summarise(name: str, size: Size, records: dict[str, list[dict[str, float]]])
     return {
         "sides": each,
         "ratio": each["trl"]["microseconds_per_token"] / each["upslope"]["microseconds_per_token"],
-        "pairs": sorted(
-            (b["step"] / b["tokens"]) / (a["step"] / a["tokens"]) for a, b in zip(ours, theirs, strict=True)
-        ),
+        "ratios": sorted(_per_token(b) / _per_token(a) for a, b in zip(ours, theirs, strict=True)),
         "gigaflops": rate / 1e9,
         "least_seconds": floor,
     }
@@ -179,11 +175,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--steps", type=int, default=5, help="of each side per case")
+    parser.add_argument("--warm-up", type=int, default=2, help="first steps of each side that are not counted")
     parser.add_argument("--core", type=int, default=0, help="which core to pin every process to")
     parser.add_argument("--out", type=Path, help="write summaries and every step as JSON")
     options = parser.parse_args()
     print(
-        "| model, case | upslope, CPU s per step | TRL | ratio per token | mean length | parts: upslope; TRL | floor |"
+        "| model, case | upslope, CPU s | TRL, CPU s | ratio per token | mean lengths | parts: upslope; TRL | floor |"
     )
     print("|---|---|---|---|---|---|---|")
     found: list[dict[str, Any]] = []
