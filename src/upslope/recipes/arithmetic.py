@@ -65,7 +65,6 @@ def arithmetic_grpo() -> LanguageRun:
         run,
         algorithm=GRPO(scale="none", reduction="trajectory_sum", minibatches=2),
         optimizer=replace(run.optimizer, learning_rate=4e-4),
-        steps=120,
     )
 
 

@@ -19,12 +19,14 @@ def countdown_sft() -> LanguageRun:
     """Expressions of three numbers up to 20 with + - *, learnt from demonstrations: the start of `countdown-grpo`."""
     return LanguageRun(
         recipe="countdown-sft",
-        model=LanguageModelConfig(shape=ModelShape(width=64, layers=2, heads=4, inner=256, positions=64)),
+        model=LanguageModelConfig(
+            shape=ModelShape(architecture="gpt2", width=64, layers=2, heads=4, inner=256, positions=64)
+        ),
         task=_COUNTDOWN,
         experience=DemonstrationConfig(rows=64),
         algorithm=SFT(),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, schedule="linear", max_gradient_norm=1.0, epsilon=1e-8, betas=(0.9, 0.99)
+            learning_rate=3e-3, schedule="cosine", max_gradient_norm=1.0, epsilon=1e-8, betas=(0.9, 0.99)
         ),
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
@@ -40,10 +42,10 @@ def countdown_grpo() -> LanguageRun:
         start_from="countdown-sft",
         task=_COUNTDOWN,
         experience=CompletionConfig(prompts=32, group=16, limit=_LIMIT),
-        algorithm=GRPO(baseline="leave_one_out", scale="none", reduction="trajectory_sum"),
-        optimizer=OptimizerConfig(learning_rate=3e-4, max_gradient_norm=1.0, epsilon=1e-8),
+        algorithm=GRPO(scale="none", reduction="trajectory_sum", minibatches=2),
+        optimizer=OptimizerConfig(learning_rate=4e-4, schedule="linear", max_gradient_norm=1.0, epsilon=1e-8),
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
-        steps=250,
+        steps=150,
     )

@@ -27,12 +27,14 @@ def spell_backward_sft() -> LanguageRun:
     """Words of 7 to 10 letters spelt backward (reasoning-gym), learnt from few demonstrations."""
     return LanguageRun(
         recipe="spell-backward-sft",
-        model=LanguageModelConfig(shape=ModelShape(width=64, layers=2, heads=4, inner=256, positions=64)),
+        model=LanguageModelConfig(
+            shape=ModelShape(architecture="gpt2", width=64, layers=2, heads=4, inner=256, positions=64)
+        ),
         task=_SPELL_BACKWARD,
         experience=DemonstrationConfig(rows=64),
         algorithm=SFT(),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, schedule="linear", max_gradient_norm=1.0, epsilon=1e-8, betas=(0.9, 0.99)
+            learning_rate=3e-3, schedule="cosine", max_gradient_norm=1.0, epsilon=1e-8, betas=(0.9, 0.99)
         ),
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
@@ -48,10 +50,10 @@ def spell_backward_grpo() -> LanguageRun:
         start_from="spell-backward-sft",
         task=_SPELL_BACKWARD,
         experience=CompletionConfig(prompts=32, group=8, limit=_LIMIT),
-        algorithm=GRPO(baseline="leave_one_out", scale="none", reduction="trajectory_sum"),
-        optimizer=OptimizerConfig(learning_rate=3e-4, max_gradient_norm=1.0, epsilon=1e-8),
+        algorithm=GRPO(scale="none", reduction="trajectory_sum", minibatches=2),
+        optimizer=OptimizerConfig(learning_rate=4e-4, schedule="linear", max_gradient_norm=1.0, epsilon=1e-8),
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
-        steps=150,
+        steps=100,
     )
