@@ -23,9 +23,11 @@ class Compare:
     runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
     """Run directories."""
     metric: str | None = None
-    """A name from metrics.jsonl; the mean evaluation return with the most likely actions if not given."""
+    """A name from metrics.jsonl; if not given, the mean evaluation return of agents with the most likely actions, the
+    accuracy of language models with the likeliest completion."""
     out: Path | None = None
-    """Draw the learning curves here (.png, .svg or .pdf); compare.png in the working directory if not given."""
+    """Draw the learning curves here (.png, .svg or .pdf); compare.png in the working directory if not given. Language
+    models' runs that differ by their seed alone get two panels: accuracy with parts of the reward, and length."""
     json: Path | None = None
     """Write the figures here."""
     title: str | None = None
@@ -35,19 +37,26 @@ class Compare:
 def act(arguments: Sequence[str]) -> int:
     """Run the command."""
     command = parse(Compare, arguments, program="upslope compare")
-    from upslope.report import DEFAULT_METRIC, compare, draw
+    from upslope.report import compare, draw, draw_language
 
-    comparison = compare(command.runs, metric=command.metric or DEFAULT_METRIC)
+    comparison = compare(command.runs, metric=command.metric)
     console = Console()
     console.print(comparison.table(width=console.width))
     if command.json is not None:
         command.json.parent.mkdir(parents=True, exist_ok=True)
         command.json.write_text(json.dumps(comparison.tree(), indent=2) + "\n", "utf-8")
         say(console, f"figures: {command.json}")
+    picture = command.out or Path("compare.png")
+    panels = comparison.metric == "greedy_accuracy" and command.metric is None and len(comparison.groups) == 1
     try:
-        say(console, f"picture: {draw(comparison, command.out or Path('compare.png'), title=command.title)}")
+        if panels:
+            draw_language(command.runs, picture, title=command.title)
+        else:
+            draw(comparison, picture, title=command.title)
     except ModuleNotFoundError as error:
         if command.out is not None:
             raise
         say(console, f"no picture: {error}")
+    else:
+        say(console, f"picture: {picture}")
     return DONE

@@ -27,6 +27,11 @@ from upslope.recipes.control import pendulum_ppo as pendulum_ppo
 from upslope.recipes.control import walker2d_ppo as walker2d_ppo
 from upslope.recipes.countdown import countdown_grpo as countdown_grpo
 from upslope.recipes.countdown import countdown_sft as countdown_sft
+from upslope.recipes.peers import grpo_nemo_rl as grpo_nemo_rl
+from upslope.recipes.peers import grpo_openrlhf as grpo_openrlhf
+from upslope.recipes.peers import grpo_prime_rl as grpo_prime_rl
+from upslope.recipes.peers import grpo_trl as grpo_trl
+from upslope.recipes.peers import grpo_verl as grpo_verl
 from upslope.recipes.presets import ppo_cleanrl as ppo_cleanrl
 from upslope.recipes.presets import ppo_paper as ppo_paper
 from upslope.recipes.presets import ppo_sb3 as ppo_sb3

@@ -10,9 +10,10 @@ Given one group of 8 with rewards 1, 0, ..., 0, the success 10 tokens long and t
 | `grpo-nemo-rl` | +1.000 / -0.378 | +0.00345 / -0.00130 | k3 in the loss (0.01) |
 | `grpo-prime-rl` | +0.875 / -0.125 | +0.00302 / -0.00043 | no clip but DPPO's mask, 0.001 (l - p)^2 |
 
-What is theirs is the estimator: advantage, ratio, clip, KL, reduction. Task, model, batch, learning rate and optimiser
-are those of `arithmetic-grpo`, so that runs differ by the estimator alone: the learning rates of those libraries (1e-6)
-are for models thousands of times larger. In all of them here, a group whose rewards are all equal has advantage exactly
+What is theirs is the estimator: advantage, ratio, clip, KL, reduction. Task, model, batch and optimiser are those of
+`arithmetic-grpo`, its two optimiser steps per batch included, so that runs differ by the estimator alone: the learning
+rates of those libraries (1e-6) are for models thousands of times larger, and with a single step per batch, as TRL has
+it, no clip would be felt. In all of them here, a group whose rewards are all equal has advantage exactly
 0, a completion on which a reward failed leaves its group, and learner and sampler have the same temperature; not all of
 that is so there.
 
@@ -26,9 +27,6 @@ from dataclasses import replace
 from upslope.algorithms import GRPO, ReferenceKL
 from upslope.recipes.arithmetic import arithmetic_grpo
 from upslope.train.language import LanguageRun
-
-_DISTANT = 1e-9
-"""An epsilon that is next to nothing."""
 
 
 def grpo_trl() -> LanguageRun:
@@ -63,7 +61,7 @@ def grpo_openrlhf() -> LanguageRun:
     """
     algorithm = GRPO(
         scale="group",
-        scale_epsilon=_DISTANT,
+        scale_epsilon=1e-9,
         advantage_clip=10.0,
         reduction="step_mean",
         reference_kl=ReferenceKL(coefficient=0.01, place="reward", estimator="k1", baselined=False),
@@ -95,7 +93,7 @@ def grpo_prime_rl() -> LanguageRun:
     Its own: A is the reward less the group's mean, undivided; a step is dropped where its probability has moved by more
     than 0.2 in the direction of A; the mean over all tokens. Its default group has one member, whose advantage would be
     0: here it has 8. Not expressed: it runs asynchronously up to 8 policies behind; here the policy that learns is the
-    one that samples, so that mask and penalty are felt only with several optimiser steps per batch.
+    one that samples, so that mask and penalty are felt from the second optimiser step of a batch on.
     """
     algorithm = GRPO(
         scale="none",
@@ -111,5 +109,6 @@ def grpo_prime_rl() -> LanguageRun:
 
 def _with(name: str, algorithm: GRPO) -> LanguageRun:
     """The flagship run with another estimator; held to the policy it starts from where that has a KL."""
-    reference = "start" if algorithm.reference_kl.on else None
-    return replace(arithmetic_grpo(), recipe=name, algorithm=algorithm, reference=reference)
+    run = arithmetic_grpo()
+    algorithm = replace(algorithm, epochs=run.algorithm.passes.epochs, minibatches=run.algorithm.passes.minibatches)
+    return replace(run, recipe=name, algorithm=algorithm, reference="start" if algorithm.reference_kl.on else None)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 
 from upslope.errors import UsageError
-from upslope.recipes import arithmetic, calculator, control, countdown, presets, real_models, tables, words
+from upslope.recipes import arithmetic, calculator, control, countdown, peers, presets, real_models, tables, words
 from upslope.train import Run
 from upslope.train.language import LanguageRun
 from upslope.train.session import AnyRun
@@ -46,6 +46,11 @@ RECIPES: dict[str, Callable[[], AnyRun]] = {
         arithmetic.arithmetic_gspo,
         arithmetic.arithmetic_ppo,
         arithmetic.arithmetic_dpo,
+        peers.grpo_trl,
+        peers.grpo_verl,
+        peers.grpo_openrlhf,
+        peers.grpo_nemo_rl,
+        peers.grpo_prime_rl,
         countdown.countdown_sft,
         countdown.countdown_grpo,
         calculator.calculator_sft,

@@ -7,6 +7,7 @@ from upslope.report.compare import RunCurve as RunCurve
 from upslope.report.compare import compare as compare
 from upslope.report.compare import read_curve as read_curve
 from upslope.report.curve import draw as draw
+from upslope.report.curve import draw_language as draw_language
 from upslope.report.curve import learning_curve as learning_curve
 from upslope.report.statistics import bootstrap_interval as bootstrap_interval
 from upslope.report.statistics import interquartile_mean as interquartile_mean

@@ -19,12 +19,25 @@ from rich.console import Group as RenderedTogether
 from rich.table import Table
 
 from upslope.errors import UsageError
+from upslope.report.language import evaluations
 from upslope.report.statistics import bootstrap_interval, interquartile_mean
 from upslope.train.config_file import differences, recorded_run
+from upslope.train.language import LanguageRun
 from upslope.train.log import Value, read_metrics
 
 DEFAULT_METRIC = "deterministic_mean"
-_NOT_LEARNING = ("seed", "name", "directory", "log", "checkpoint", "evaluation", "threads")
+"""What agents are compared by."""
+LANGUAGE_METRICS = ("greedy_accuracy", "pair_accuracy", "nll")
+"""What language models are compared by: the first of these that all of them have."""
+BEHIND = {
+    DEFAULT_METRIC: "episode_return",
+    "stochastic_mean": "episode_return",
+    "sampled_accuracy": "accuracy",
+    "sampled_length": "length",
+}
+"""What training measures all the time, and evaluation now and then."""
+_LESS_IS_BETTER = ("nll",)
+_NOT_LEARNING = ("seed", "name", "directory", "log", "checkpoint", "evaluation", "rewards", "threads")
 _NOT_LEARNING_OF_ENVIRONMENTS = ("deadline", "processes")
 _POINTS = 100
 _LABELLED = 3
@@ -40,7 +53,7 @@ class RunCurve:
         directory: the run.
         settings: its configuration as a tree.
         steps, values: [P] where the metric was measured, and what it was; NaN left out.
-        training_steps, training_returns: [Q] the mean return of training episodes.
+        training_steps, training_values: [Q] the same as training measured it, where it does (returns, accuracy).
     """
 
     directory: Path
@@ -48,12 +61,17 @@ class RunCurve:
     steps: np.ndarray
     values: np.ndarray
     training_steps: np.ndarray
-    training_returns: np.ndarray
+    training_values: np.ndarray
 
     @property
     def seed(self) -> int:
         """Of the run."""
         return self.settings["seed"]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it trains a language model, whose steps are updates."""
+        return _speaks(self.settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +108,11 @@ class Comparison:
     metric: str
     groups: tuple[Group, ...]
 
+    @property
+    def speaks(self) -> bool:
+        """Whether all runs train language models."""
+        return all(run.speaks for group in self.groups for run in group.runs)
+
     def table(self, *, width: int) -> RenderableType:
         """For a terminal of `width` columns; labels that do not fit beside the figures stand below."""
         labels = [group.label for group in self.groups]
@@ -107,18 +130,19 @@ class Comparison:
         title = f"{describe_metric(self.metric)}, at the end of each run"
         table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
         table.add_column("runs")
-        for heading in ("seeds", "steps", "IQM", "95 % interval", "worst", "best"):
+        form = ",.3f" if self.speaks else ",.1f"
+        for heading in ("seeds", "updates" if self.speaks else "steps", "IQM", "95 % interval", "worst", "best"):
             table.add_column(heading, justify="right", no_wrap=True, style="bold" if heading == "IQM" else "")
         for name, group in zip(names, self.groups, strict=True):
-            interval = "-" if math.isnan(group.final_low) else f"{group.final_low:,.1f} to {group.final_high:,.1f}"
+            interval = "-" if math.isnan(group.final_low) else f"{group.final_low:{form}} to {group.final_high:{form}}"
             table.add_row(
                 name,
                 str(len(group.runs)),
                 f"{max(int(run.steps[-1]) for run in group.runs):,}",
-                f"{group.final_mean:,.1f}",
+                f"{group.final_mean:{form}}",
                 interval,
-                f"{group.final.min():,.1f}",
-                f"{group.final.max():,.1f}",
+                f"{group.final.min():{form}}",
+                f"{group.final.max():{form}}",
             )
         return table
 
@@ -148,12 +172,14 @@ class Comparison:
         }
 
 
-def compare(directories: Sequence[Path], *, metric: str = DEFAULT_METRIC) -> Comparison:
+def compare(directories: Sequence[Path], *, metric: str | None = None) -> Comparison:
     """Read runs, group those that learn the same way, and take interquartile means over their seeds.
 
     Args:
         directories: of the runs; each at most once.
-        metric: a name from the evaluation or the train records of metrics.jsonl.
+        metric: a name from the evaluation or the train records of metrics.jsonl; None for the mean evaluation return of
+            agents with the most likely actions, the accuracy of language models with the likeliest completion (or what
+            else all of them are judged by).
 
     Raises:
         UsageError: no runs, a directory that is no run, a run twice, or a metric that a run does not have.
@@ -164,13 +190,15 @@ def compare(directories: Sequence[Path], *, metric: str = DEFAULT_METRIC) -> Com
     twice = [str(d) for d, r in zip(directories, resolved, strict=True) if resolved.count(r) > 1]
     if twice:
         raise UsageError(f"the same run is named more than once: {', '.join(twice)}")
+    metric = _usual_metric(directories) if metric is None else metric
     groups: dict[str, list[RunCurve]] = {}
     for directory in directories:
         curve = read_curve(directory, metric=metric)
         groups.setdefault(json.dumps(_learning(curve.settings), sort_keys=True), []).append(curve)
     labels = _labels([runs[0] for runs in groups.values()])
     made = [_group(label, runs) for label, runs in zip(labels, groups.values(), strict=True)]
-    return Comparison(metric=metric, groups=tuple(sorted(made, key=lambda group: -group.final_mean)))
+    best_first = 1.0 if metric in _LESS_IS_BETTER else -1.0
+    return Comparison(metric=metric, groups=tuple(sorted(made, key=lambda group: best_first * group.final_mean)))
 
 
 def read_curve(directory: Path, *, metric: str = DEFAULT_METRIC) -> RunCurve:
@@ -191,15 +219,22 @@ def read_curve(directory: Path, *, metric: str = DEFAULT_METRIC) -> RunCurve:
         steps, values = _series(training, metric)
     if not len(steps):
         raise UsageError(_no_such_metric(directory, metric, records))
-    training_steps, training_returns = _series(training, "episode_return")
+    training_steps, training_values = _series(training, _measured_in_training(metric))
     return RunCurve(
         directory=directory,
         settings=settings,
         steps=steps,
         values=values,
         training_steps=training_steps,
-        training_returns=training_returns,
+        training_values=training_values,
     )
+
+
+def _measured_in_training(metric: str) -> str:
+    """The metric of training records that is nearest; a part of the reward has the same name."""
+    if metric.startswith("sampled/"):
+        return f"reward/{metric.removeprefix('sampled/')}"
+    return BEHIND.get(metric, "")
 
 
 def describe_metric(metric: str) -> str:
@@ -208,8 +243,44 @@ def describe_metric(metric: str) -> str:
         "deterministic_mean": "mean evaluation return (most likely actions)",
         "stochastic_mean": "mean evaluation return (sampled actions)",
         "episode_return": "mean training return",
+        "greedy_accuracy": "accuracy on held-out prompts (likeliest completion)",
+        "sampled_accuracy": "accuracy on held-out prompts (drawn completions)",
+        "pair_accuracy": "held-out pairs judged right",
+        "nll": "negative log-likelihood per token of held-out answers",
+        "accuracy": "accuracy in training",
+        "greedy_length": "mean tokens (likeliest completion)",
+        "sampled_length": "mean tokens (drawn completions)",
+        "length": "mean tokens in training",
     }
+    way, _, part = metric.partition("/")
+    if part and way in ("greedy", "sampled"):
+        return f"{part} ({'likeliest completion' if way == 'greedy' else 'drawn completions'})"
     return words.get(metric, metric.replace("_", " "))
+
+
+def _speaks(settings: Mapping[str, Any]) -> bool:
+    return settings.get("class") == LanguageRun.__name__
+
+
+def _usual_metric(directories: Sequence[Path]) -> str:
+    """What runs are compared by if nothing else is said.
+
+    Raises:
+        UsageError: they are agents and language models, or language models of which no two are judged alike.
+    """
+    models = [directory for directory in directories if _speaks(recorded_run(directory))]
+    if not models:
+        return DEFAULT_METRIC
+    if len(models) < len(directories):
+        raise UsageError(
+            "agents and language models are not judged by the same figure: compare each kind for itself, or name a "
+            "--metric that all of them have (gradient_norm, say)"
+        )
+    judged = [evaluations(directory) for directory in models]
+    for metric in LANGUAGE_METRICS:
+        if all(any(metric in record for record in records) for records in judged):
+            return metric
+    return LANGUAGE_METRICS[0]
 
 
 def _series(records: Sequence[Mapping[str, Value]], metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -122,7 +122,8 @@ def samples_table(path: Path, *, most: int = 4) -> Table | None:
         return None
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("prompt", "before", "worth", "after", "worth"):
-        table.add_column(heading, justify="right" if heading == "worth" else "left")
+        worth = heading == "worth"
+        table.add_column(heading, justify="right" if worth else "left", no_wrap=worth, overflow="fold")
     earlier = {one["example"]: one for one in kept[0]["samples"]}
     for one in kept[-1]["samples"][:most]:
         first = earlier.get(one["example"])
