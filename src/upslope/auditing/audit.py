@@ -19,7 +19,7 @@ from upslope.auditing.moments import Moments, exact_moments, sampled_moments
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import Audited, Behaviour, Critic, FiniteSetting, Setting, Unit
 from upslope.auditing.source import AlgorithmSource, Source
-from upslope.auditing.tokens import TokenSetting
+from upslope.auditing.tokens import Network, TokenSetting
 from upslope.errors import UsageError, checking_usage
 from upslope.exact import PROBLEMS, TOKEN_PROBLEMS, FiniteMDP, NamedProblem, StatePolicy, TabularPolicy, TokenMDP
 from upslope.exact import problem as named_problem
@@ -162,6 +162,7 @@ def audit(
     row_steps: int = 3,
     size: int | None = None,
     groups: int = 1,
+    network: Network = "table",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AuditReport:
@@ -183,6 +184,8 @@ def audit(
         row_steps: T of a fragment, for algorithms that learn from fragments.
         size: completions in a group, on completion problems; None for 2 where the algorithm compares a group, else 1.
         groups: groups in the smallest batch, on completion problems.
+        network: what completes prompts: a table of free choices, a small transformer, or ("language") a model of
+            transformers' that learns and generates as one in training does; needs the extra `language`.
         seed: of the policy's parameters, the drawing and the shuffling.
         progress: told after each drawn batch how many there are so far, and of how many.
 
@@ -200,9 +203,11 @@ def audit(
     if isinstance(problem, TokenMDP) or (isinstance(problem, str) and problem in TOKEN_PROBLEMS):
         if policy is not None:
             raise UsageError("completion problems have a policy of their own: leave policy out")
-        setting, given = _on_completions(algorithm, problem, given, rows, seed, size=size, groups=groups)
+        setting, given = _on_completions(
+            algorithm, problem, given, rows, seed, size=size, groups=groups, network=network
+        )
     else:
-        _check_on_states(algorithm, size, groups)
+        _check_on_states(algorithm, size, groups, network)
         named = _named(problem)
         looking, given = _policy(named, policy, algorithm, given, asked=circumstances is not None, seed=seed)
         setting, given = _on_states(algorithm, named, looking, given, rows, row_steps)
@@ -284,6 +289,7 @@ def _on_completions(
     *,
     size: int | None,
     groups: int,
+    network: Network,
 ) -> tuple[TokenSetting, Circumstances]:
     if algorithm.gamma != 1.0:
         raise UsageError(f"completions have no discount: set gamma to 1 (it is {algorithm.gamma})")
@@ -300,6 +306,7 @@ def _on_completions(
         problem,
         size=size,
         groups=groups,
+        network=network,
         critic=given.critic,
         stale=given.behaviour == "stale",
         rows=rows,
@@ -309,7 +316,7 @@ def _on_completions(
     return setting, replace(given, limit_in_task=True, unit="episodes")
 
 
-def _check_on_states(algorithm: Algorithm, size: int | None, groups: int) -> None:
+def _check_on_states(algorithm: Algorithm, size: int | None, groups: int, network: Network) -> None:
     name = type(algorithm).__name__
     if algorithm.passes.groups:
         raise UsageError(f"{name} compares trajectories that share a start: audit it on {', '.join(TOKEN_PROBLEMS)}")
@@ -317,6 +324,8 @@ def _check_on_states(algorithm: Algorithm, size: int | None, groups: int) -> Non
         raise UsageError(f"only completion problems have a reference: audit this {name} on {', '.join(TOKEN_PROBLEMS)}")
     if size is not None or groups != 1:
         raise UsageError("size and groups are of completions: leave them out")
+    if network != "table":
+        raise UsageError(f"network says what completes prompts: leave it out, or audit on {', '.join(TOKEN_PROBLEMS)}")
 
 
 def _named(problem: object) -> NamedProblem:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import Target
+from upslope.auditing.language import copy_of, engine_batches, language_policy, set_exact_critic
 from upslope.errors import UsageError
 from upslope.exact import (
     PrefixTable,
@@ -27,13 +28,18 @@ from upslope.exact import (
     token_gradient,
     token_problem,
 )
+from upslope.policies.language.policy import LanguagePolicy
 from upslope.trajectory import Trajectory
 
-Network: TypeAlias = Literal["table", "transformer"]
-"""A free choice at every prefix, or a small causal transformer that shares weights between them."""
+Network: TypeAlias = Literal["table", "transformer", "language"]
+"""A free choice at every prefix; a small causal transformer that shares weights between them; or a model of
+transformers', which learns as a `LanguagePolicy` and whose drawn batches come from the engine that trains."""
+
+Completing: TypeAlias = TokenPolicy | LanguagePolicy
+"""Who completes prompts."""
 
 TokenCritic: TypeAlias = Literal["exact", "perturbed"]
-"""V = v_pi at every prefix, or that plus an error (of a table; a transformer's critic is as it was drawn)."""
+"""V = v_pi at every prefix, or that plus an error (a transformer's and a language model's is as it was drawn, then)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,9 +59,9 @@ class TokenSetting:
 
     problem: str
     tokens: TokenMDP
-    policy: TokenPolicy
-    behaviour: TokenPolicy
-    reference: TokenPolicy
+    policy: Completing
+    behaviour: Completing
+    reference: Completing
     size: int
     groups: int
     rows: int
@@ -96,18 +102,12 @@ class TokenSetting:
             raise UsageError(f"size, groups and rows must be at least 1; got {size}, {groups} and {rows}")
         tokens = token_problem(problem) if isinstance(problem, str) else problem
         policy, reference = (_policy(tokens, network, 2 * seed + i) for i in (0, 1))
-        if isinstance(policy, PrefixTable):
-            with torch.no_grad():
-                policy.value.copy_(
-                    exact_critic(tokens, policy, solve_tokens(tokens, policy, reference=reference, beta=beta))
-                )
-                if critic == "perturbed":
-                    policy.value.add_(0.3 * torch.cos(1.0 + 3.0 * torch.arange(len(policy.value), dtype=torch.float64)))
+        _set_critic(tokens, policy, critic, reference, beta)
         for parameter in reference.parameters():
             parameter.requires_grad_(False)
         behaviour = policy
         if stale:
-            behaviour = copy.deepcopy(policy)
+            behaviour = copy_of(policy) if isinstance(policy, LanguagePolicy) else copy.deepcopy(policy)
             with torch.no_grad():
                 for parameter in behaviour.parameters():
                     wave = torch.sin(1.0 + torch.arange(parameter.numel(), dtype=torch.float64))
@@ -167,7 +167,13 @@ class TokenSetting:
             yield probability, self._grouped(batch)
 
     def drawn(self, batches: int, seed: int) -> Iterator[Trajectory]:
-        """Batches of `rows * groups` groups, sampled token by token."""
+        """Batches of `rows * groups` groups, sampled token by token; those of a language model by its engine."""
+        if isinstance(self.behaviour, LanguagePolicy):
+            prompts = self.rows * self.groups
+            yield from engine_batches(
+                self.tokens, self.behaviour, prompts=prompts, group=self.size, batches=batches, seed=seed
+            )
+            return
         generator = np.random.Generator(np.random.Philox(seed))
         for _ in range(batches):
             shape = (self.rows * self.groups, self.size)
@@ -204,7 +210,22 @@ class TokenSetting:
         return replace(batch, group=None) if self.size == 1 else batch
 
 
-def _policy(tokens: TokenMDP, network: Network, seed: int) -> TokenPolicy:
+def _set_critic(tokens: TokenMDP, policy: Completing, critic: TokenCritic, reference: Completing, beta: float) -> None:
+    if isinstance(policy, TinyTransformer) or (isinstance(policy, LanguagePolicy) and critic == "perturbed"):
+        return
+    with torch.no_grad():
+        solution = solve_tokens(tokens, policy, reference=reference, beta=beta)
+        if isinstance(policy, LanguagePolicy):
+            set_exact_critic(tokens, policy, solution)
+        elif isinstance(policy, PrefixTable):
+            policy.value.copy_(exact_critic(tokens, policy, solution))
+            if critic == "perturbed":
+                policy.value.add_(0.3 * torch.cos(1.0 + 3.0 * torch.arange(len(policy.value), dtype=torch.float64)))
+
+
+def _policy(tokens: TokenMDP, network: Network, seed: int) -> Completing:
+    if network == "language":
+        return language_policy(tokens, seed)
     if network == "transformer":
         return TinyTransformer(tokens.vocabulary, tokens.positions, seed=seed)
     empty = PrefixTable(tokens)
