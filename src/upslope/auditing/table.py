@@ -14,6 +14,7 @@ from upslope.auditing.cases import (
     curvature,
     divergences,
     given_data,
+    language_models,
     objectives,
     preference,
     reductions,
@@ -53,6 +54,7 @@ def all_cases() -> Iterator[Case]:
     for room in (
         algorithm_cases,
         sequences,
+        language_models,
         given_data,
         returns,
         advantages,
