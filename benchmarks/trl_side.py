@@ -1,7 +1,7 @@
 """TRL's side of `language.py`: `python trl_side.py CASE FOLDER`, one step per line read; needs an interpreter with TRL.
 
-The settings are the fastest that were found: no gradient checkpointing (TRL's default has it), the fused AdamW, float32
-on the CPU, no logging, no reference where none is needed.
+No gradient checkpointing (TRL's default has it), the fused AdamW, float32 on the CPU, no logging, no reference where
+none is needed; generation by `generate` of transformers with its default cache.
 """
 
 from __future__ import annotations
@@ -102,8 +102,6 @@ def trainer_of(case: Case, folder: str, watch: Asked, parts: Parts) -> Any:
         beta=0.0,
         loss_type="grpo",
         generation_kwargs=None if case.ragged else {"min_new_tokens": case.limit},
-        cache_implementation=os.environ.get("TRL_CACHE"),
-        use_transformers_continuous_batching=bool(os.environ.get("TRL_CB")),
         **common,
     )
     trainer = trl.GRPOTrainer(args=config, reward_funcs=digits, **shared)
