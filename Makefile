@@ -2,14 +2,14 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-RECIPE ?= cartpole-ppo
+RECIPE ?= cartpole-ppo arithmetic-grpo
 STEPS  ?=
 SEED   ?= 1
 ARGS   ?=
 
 .PHONY: train test lint check setup clean
 
-train: setup  ## train a recipe: make train RECIPE=hopper-ppo STEPS=300000
+train: setup  ## both worlds, one after the other; or one recipe: make train RECIPE=hopper-ppo STEPS=300000
 	$(BIN)/upslope train $(RECIPE) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 test: lint  ## everything CI runs

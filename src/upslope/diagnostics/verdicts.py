@@ -189,6 +189,7 @@ RULES: tuple[Rule, ...] = (
         wrong=lambda value: value > 0.3,
         text="{value:.0%} of the batch has no gradient: the steps are clipped or their advantage is exactly 0; lower "
         "the learning rate or the number of epochs, or widen the clip",
+        only_if=lambda watch: watch.latest("dead_gradient_share") - watch.latest("zero_advantage_groups") > 0.3,
     ),
     Rule(
         name="few steps count",

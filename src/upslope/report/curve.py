@@ -12,7 +12,7 @@ import numpy as np
 
 from upslope.errors import UsageError
 from upslope.report.compare import BEHIND, Comparison, Group, RunCurve, compare, describe_metric
-from upslope.report.language import evaluations
+from upslope.report.language import evaluations, part_of_accuracy
 from upslope.report.style import COLOURS, STYLE, need_matplotlib
 
 _FORMATS = (".png", ".svg", ".pdf")
@@ -103,16 +103,13 @@ def draw_language(directories: Sequence[Path], path: Path, *, title: str | None 
 
 
 def _metrics(directories: Sequence[Path]) -> list[str]:
-    """What the picture of a language model's run shows: parts of the reward that accuracy is no mean of."""
+    """What the picture of a language model's run shows: accuracy, other parts of the reward, and length."""
     records = [record for directory in directories for record in evaluations(directory)]
     names = dict.fromkeys(name for record in records for name in record)
     if "greedy_accuracy" not in names:
         raise UsageError("these runs were not judged by completions: name a --metric (pair_accuracy, nll)")
-    parts = [
-        name
-        for name in names
-        if name.startswith("sampled/") and any(record[name] != record["sampled_accuracy"] for record in records)
-    ]
+    again = f"sampled/{part_of_accuracy(records)}"
+    parts = [name for name in names if name.startswith("sampled/") and name != again]
     return ["greedy_accuracy", "sampled_accuracy", *parts, "sampled_length"]
 
 

@@ -46,6 +46,16 @@ class Figure:
 _PSI = "variance/psi"
 FIGURES = (
     Figure(name="episode_return", form=",.1f", meaning="mean raw return of the last 100 training episodes"),
+    Figure(name="reward", form=".3f", meaning="mean reward of the completions drawn in training"),
+    Figure(name="accuracy", form=".1%", meaning="of these, right"),
+    Figure(name="pair_accuracy", form=".1%", meaning="pairs whose chosen answer comes out better"),
+    Figure(name="chosen_log_prob", form=".3f", meaning="of chosen answers; falling: they get less likely, too"),
+    Figure(name="rejected_log_prob", form=".3f", meaning="of rejected answers"),
+    Figure(name="nll", form=".4f", meaning="negative log-likelihood per token of what is learnt from"),
+    Figure(name="length", form=",.1f", meaning="mean tokens of a completion"),
+    Figure(name="truncated", form=".1%", meaning="completions that the length limit cut"),
+    Figure(name="failed", form=",.0f", meaning="completions on which a reward failed; they leave their group"),
+    Figure(name="live_groups", form=".1%", meaning="groups whose completions are not all worth the same"),
     Figure(
         name="explained_variance",
         form=".2f",
@@ -59,6 +69,8 @@ FIGURES = (
         form=".1g",
         meaning="largest |ratio - 1| before the first step of an update; must be 0 to rounding",
     ),
+    Figure(name="mismatch", form=".1g", meaning="largest |log-prob of the learner - of the sampler| per token"),
+    Figure(name="reference_kl", form=".3g", meaning="distance from the reference policy, per token"),
     Figure(
         name="effective_sample_size", form=".1%", meaning="share of the batch that the ratios of the last pass leave"
     ),
@@ -134,7 +146,7 @@ def diagnose(directory: Path) -> Diagnosis:
     if not records:
         raise UsageError(
             f"{directory} has no training record in {run.metrics_path.name} yet: wait until the run has taken "
-            "log.every_steps steps"
+            "log.every_steps steps (updates of a language model)"
         )
     thirds = _thirds(records)
     figures = {

@@ -74,17 +74,29 @@ def evaluation_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str,
     The part of the reward that accuracy is the mean of is not shown a second time.
     """
     names = list(dict.fromkeys(name for record in records for name in record))
+    again = part_of_accuracy(records)
     for figure in FIGURES:
         for name in names:
             found = re.fullmatch(figure.name, name)
-            if found is None:
+            if found is None or name in (f"greedy/{again}", f"sampled/{again}"):
                 continue
             values = tuple(float(record.get(name, math.nan)) for record in records)
-            way = name.partition("/")[0]
-            again = [float(record.get(f"{way}_accuracy", math.nan)) for record in records]
-            if ("/" in name and values == tuple(again)) or (figure.trouble and not any(values)):
-                continue
-            yield figure.words.format(*found.groups()), figure.form, values
+            if not (figure.trouble and not any(values)):
+                yield figure.words.format(*found.groups()), figure.form, values
+
+
+def part_of_accuracy(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """The part of the reward that accuracy is the mean of: the first that equals it throughout; None without one."""
+    names = dict.fromkeys(name for record in records for name in record)
+    for name in names:
+        way, _, part = name.partition("/")
+        if way == "greedy" and all(
+            record.get(f"{way}/{part}") == record.get(f"{way}_accuracy")
+            for record in records
+            for way in ("greedy", "sampled")
+        ):
+            return part
+    return None
 
 
 def before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
