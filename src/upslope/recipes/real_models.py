@@ -17,7 +17,7 @@ from upslope.collect.tasks.files import Files
 from upslope.collect.tasks.rows import RowFormat
 from upslope.policies.language.config import LanguageModelConfig, LoraConfig
 from upslope.train import CheckpointConfig, OptimizerConfig
-from upslope.train.language import LanguageEvaluationConfig, LanguageLogConfig, LanguageRun, RewardConfig
+from upslope.train.language import LanguageEvaluationConfig, LanguageLogConfig, LanguageRun
 
 _LIMIT = 512
 """Tokens of a solution; few of GSM8K take more than 300."""
@@ -70,7 +70,6 @@ def gsm8k_qwen_0_5b_grpo() -> LanguageRun:
         optimizer=OptimizerConfig(
             kind="adamw", learning_rate=1e-6, max_gradient_norm=1.0, epsilon=1e-8, micro_batches=8
         ),
-        rewards=RewardConfig(workers=4),
         evaluation=LanguageEvaluationConfig(times=8, prompts=512, samples=4, pass_at=(4,), limit=_LIMIT),
         log=_LOG,
         checkpoint=CheckpointConfig(times=8),
