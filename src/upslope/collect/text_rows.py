@@ -26,12 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upslope.collect.tasks.protocol import Example
+from upslope.collect.tasks.protocol import Example, Message
 from upslope.errors import UsageError
 from upslope.policies.language.tokenizer import Tokenizer
 from upslope.trajectory import Trajectory
 
 Tokens: TypeAlias = tuple[int, ...]
+
+_REASONED = "</think>"
+"""What ends the reasoning within a turn, where there is some."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,17 +154,33 @@ def prompt_tokens(tokenizer: Tokenizer, example: Example, where: str) -> Tokens:
         where: its name, for the error.
 
     Raises:
-        UsageError: if the tokenizer cannot write it down, or it has no tokens.
+        UsageError: if the tokenizer cannot write it down, it has no tokens, or the chat template drops a turn.
     """
     prompt = example.prompt
     with _naming(where):
-        tokens = tuple(tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.render(prompt))
+        tokens = tuple(tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else _rendered(tokenizer, prompt))
     if not tokens:
         raise UsageError(
             f"{where} has an empty prompt: the policy needs at least one token to read before it chooses; begin such "
             "prompts with a word, a newline or the tokenizer's begin token"
         )
     return tokens
+
+
+def _rendered(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Messages through the chat template, every turn of them.
+
+    Reasoning in earlier turns of the assistant, which some templates take out, may be missing: it is only read.
+    """
+    text = tokenizer.render_text(messages)
+    for number, turn in enumerate(messages, start=1):
+        content = turn.get("content")
+        if isinstance(content, str) and content.split(_REASONED)[-1].strip() not in text:
+            raise UsageError(
+                f"the chat template drops or rewrites turn {number} ({turn.get('role')}): {content[:60]!r} is not in "
+                f"{text[:200]!r}. Use a template that keeps every turn, or leave such turns out of the data"
+            )
+    return tokenizer.encode(text)
 
 
 def answer_tokens(tokenizer: Tokenizer, text: str, where: str) -> Tokens:
