@@ -52,11 +52,12 @@ def find_start(
         before: names of recipes that wait for this one.
 
     Raises:
-        UsageError: if `start_from` is neither, or recipes start from each other.
+        UsageError: if `start_from` is neither, a folder holds no policy, or recipes start from each other.
     """
     if run.start_from is None:
         return None
     if Path(run.start_from).is_dir():
+        _check_policy(Path(run.start_from))
         return Path(run.start_from)
     recipe = _recipe(run, run.start_from)
     if recipe.recipe in (*before, run.recipe):
@@ -71,6 +72,21 @@ def find_start(
     made = _train(recipe, found[0] if found else None, below, tell, run.recipe)
     conclude(made)
     return made.result.directory
+
+
+def _check_policy(place: Path) -> None:
+    """Refuse a folder that no policy can be in."""
+    if (place / "policy").is_dir():
+        return
+    if (place / "metrics.jsonl").is_file() or (place / "start").is_dir():
+        raise UsageError(
+            f"start_from={str(place)!r} is a run without a policy yet: let it come to its first checkpoint"
+        )
+    if not (place / "config.json").is_file():
+        raise UsageError(
+            f"start_from={str(place)!r} is a folder without a policy (it has no config.json): give a run directory, or "
+            "a folder as transformers' save_pretrained writes it"
+        )
 
 
 def _recipe(run: LanguageRun, name: str) -> LanguageRun:
