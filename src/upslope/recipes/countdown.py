@@ -16,7 +16,10 @@ _EVALUATION = LanguageEvaluationConfig(times=4, prompts=512, samples=4, pass_at=
 
 
 def countdown_sft() -> LanguageRun:
-    """Expressions of three numbers up to 20 with + - *, learnt from demonstrations: the start of `countdown-grpo`."""
+    """Expressions of three numbers up to 20 with + - *, learnt from demonstrations: the start of `countdown-grpo`.
+
+    Ended early: the longer it imitates, the less rewards add to its likeliest answers (what is drawn they always mend).
+    """
     return LanguageRun(
         recipe="countdown-sft",
         model=LanguageModelConfig(
@@ -31,7 +34,7 @@ def countdown_sft() -> LanguageRun:
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
-        steps=600,
+        steps=300,
     )
 
 
@@ -47,5 +50,5 @@ def countdown_grpo() -> LanguageRun:
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
-        steps=150,
+        steps=180,
     )
