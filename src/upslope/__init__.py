@@ -24,7 +24,9 @@ from upslope.train import Run as Run
 from upslope.train import Snapshot as Snapshot
 from upslope.train import evaluate_run as evaluate_run
 from upslope.train import load as load
+from upslope.train import load_language as load_language
 from upslope.train import resume as resume
 from upslope.train import save as save
 from upslope.train import train as train
+from upslope.train.language import LanguageRun as LanguageRun
 from upslope.trajectory import Trajectory as Trajectory
