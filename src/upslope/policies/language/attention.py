@@ -139,7 +139,8 @@ class _PackedAttention(Function):
         size = mixed.shape[1] // heads
         gradient = gradients[0].contiguous()
         whole = torch.empty_like(projected)
-        whole[:, heads * size :] = 0.0
+        if not layout.plain:
+            whole[:, heads * size :] = 0.0
         for run, sum_ in zip(layout.runs, sums, strict=True):
             shape = (run.rows, run.own, heads, size)
             query, key, value = _views(projected, run, heads, others)
@@ -153,7 +154,11 @@ class _PackedAttention(Function):
             to_query, to_key, to_value = (part.transpose(1, 2) for part in found)
             rows = _rows(whole, run)
             rows[:, : heads * size].view(shape).copy_(to_query)
-            more = torch.cat((_joined(to_key, others), _joined(to_value, others)), dim=1)
+            to_key, to_value = _joined(to_key, others), _joined(to_value, others)
+            if layout.plain:
+                rows[:, heads * size : -others * size], rows[:, -others * size :] = to_key, to_value
+                continue
+            more = torch.cat((to_key, to_value), dim=1)
             if run.index is None:
                 rows[:, heads * size :] += more
             else:

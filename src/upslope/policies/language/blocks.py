@@ -18,10 +18,10 @@ from torch.autograd import Function
 
 from upslope.policies.language.parts import ACTIVATIONS, ActivationName, Layer, Linear, Norm
 
-PIECE = 2**18
-"""Numbers of the widest activation that are worked on at a time (1 MiB in float32)."""
-FEWEST = 128
-"""Rows of a piece, at least: below that matrix products get slow."""
+PIECE = 2**19
+"""Numbers of the widest activation that are worked on at a time (2 MiB in float32)."""
+FEWEST = 384
+"""Rows of a piece, at least: each piece reads and writes the weights' gradients once."""
 
 _aten = torch.ops.aten
 _activation_backward: dict[ActivationName, Callable[[Tensor, Tensor], Tensor]] = {
@@ -99,8 +99,13 @@ class _NormKind:
         return norm.square_().div_(x.shape[-1]).add_(self.epsilon).rsqrt_()
 
 
+def _size(widest: int) -> int:
+    """Rows of a piece."""
+    return max(FEWEST, PIECE // widest)
+
+
 def _pieces(rows: int, widest: int) -> Iterator[slice]:
-    size = max(FEWEST, PIECE // widest)
+    size = _size(widest)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -115,8 +120,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None 
 class _Sum:
     """Gradients of a linear map's weight and bias, summed over pieces."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool]) -> None:
-        self.weight = torch.zeros(weight.shape, dtype=weight.dtype) if wanted[0] else None
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, wanted: tuple[bool, bool]) -> None:
+        self.weight = torch.zeros(weight.shape, dtype=weight.dtype) if weight is not None and wanted[0] else None
         self.bias = torch.zeros_like(bias) if bias is not None and wanted[1] else None
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
@@ -260,91 +265,107 @@ def finish(layer: Layer, stream: Tensor, mixed: Tensor) -> Tensor:
         stream: [N, D].
         mixed: [N, H * S].
     """
-    up, up_bias = _joined((layer.up,) if layer.gate is None else (layer.gate, layer.up))
-    norm = layer.feed_forward_norm
-    parameters = (layer.out.weight, layer.out.bias, norm.weight, norm.bias, up, up_bias)
-    settings = _NormKind.of(norm), layer.activation, layer.gate is not None, torch.is_grad_enabled()
-    return cast(Tensor, _Finish.apply(stream, mixed, *parameters, layer.down.weight, layer.down.bias, settings))
+    norm, gate = layer.feed_forward_norm, layer.gate
+    parameters = (
+        *(layer.out.weight, layer.out.bias, norm.weight, norm.bias),
+        *((None, None) if gate is None else (gate.weight, gate.bias)),
+        *(layer.up.weight, layer.up.bias, layer.down.weight, layer.down.bias),
+    )
+    settings = _NormKind.of(norm), layer.activation, torch.is_grad_enabled()
+    return cast(Tensor, _Finish.apply(stream, mixed, *parameters, settings))
 
 
 class _Finish(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        stream, mixed, out, out_bias, norm_weight, norm_bias, up, up_bias, down, down_bias, settings = arguments
-        kind, activation, gated, keep = settings
+        (
+            stream,
+            mixed,
+            out,
+            out_bias,
+            norm_weight,
+            norm_bias,
+            gate,
+            gate_bias,
+            up,
+            up_bias,
+            down,
+            down_bias,
+            settings,
+        ) = arguments
+        kind, activation, keep = settings
         rows, inner = len(stream), len(up)
         result, middle = torch.empty_like(stream), torch.empty_like(stream)
-        raised = stream.new_empty(rows if keep else min(rows, max(FEWEST, PIECE // inner)), inner)
+        room = rows if keep else min(rows, _size(inner))
+        raised = stream.new_empty(room, inner)
+        gated = None if gate is None else stream.new_empty(room, inner)
         for piece in _pieces(rows, inner):
             between = _product(mixed[piece], out, out_bias, middle[piece]).add_(stream[piece])
             x = kind.forward(between, norm_weight, norm_bias)
-            part = raised[piece] if keep else raised[: len(x)]
-            _product(x, up, up_bias, part)
-            hidden = _activated(part, activation, gated)
+            place = piece if keep else slice(0, len(x))
+            hidden = _product(x, up, up_bias, raised[place])
+            if gated is None:
+                hidden = ACTIVATIONS[activation](hidden)
+            else:
+                hidden = ACTIVATIONS[activation](_product(x, gate, gate_bias, gated[place])).mul_(hidden)
             _product(hidden, down, down_bias, result[piece]).add_(between)
         if keep:
-            ctx.save_for_backward(*arguments[:10], middle, raised)
+            ctx.save_for_backward(*arguments[:12], middle, raised, gated)
             ctx.settings, ctx.kind = settings, kind
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            return _differentiable(_plain_finish, ctx, gradients[0], 10)
-        _, mixed, out, out_bias, norm_weight, norm_bias, up, up_bias, down, down_bias, middle, raised = (
-            ctx.saved_tensors
-        )
-        kind, activation, gated, _ = ctx.settings
+            return _differentiable(_plain_finish, ctx, gradients[0], 12)
+        saved = ctx.saved_tensors
+        _, mixed, out, out_bias, norm_weight, norm_bias, gate, gate_bias, up, up_bias, down, down_bias = saved[:12]
+        middle, raised, gated = saved[12:]
+        kind, activation, _ = ctx.settings
         wanted = ctx.needs_input_grad
         to_stream, to_mixed = torch.empty_like(middle), torch.empty_like(mixed)
         to_norm, to_norm_bias = torch.zeros_like(norm_weight), _zeros(norm_bias)
-        outs, ups = _Sum(out, out_bias, wanted[2:4]), _Sum(up, up_bias, wanted[6:8])
-        downs = _Sum(down, down_bias, wanted[8:10])
+        outs, gates = _Sum(out, out_bias, wanted[2:4]), _Sum(gate, gate_bias, wanted[6:8])
+        ups, downs = _Sum(up, up_bias, wanted[8:10]), _Sum(down, down_bias, wanted[10:12])
         for piece in _pieces(len(middle), len(up)):
             gradient, between = gradients[0][piece], middle[piece]
-            hidden, slope = _activated_backward(raised[piece], gradient @ down, activation, gated)
+            part = None if gated is None else gated[piece]
+            hidden, to_up, to_gate = _activated_backward(raised[piece], part, gradient @ down, activation)
             downs.add(gradient, hidden)
-            ups.add(slope, kind.forward(between, norm_weight, norm_bias))
-            through = kind.backward(slope @ up, between, norm_weight, norm_bias, to_norm, to_norm_bias)
+            x = kind.forward(between, norm_weight, norm_bias)
+            ups.add(to_up, x)
+            to_x = to_up @ up
+            if to_gate is not None:
+                gates.add(to_gate, x)
+                to_x.addmm_(to_gate, gate)
+            through = kind.backward(to_x, between, norm_weight, norm_bias, to_norm, to_norm_bias)
             whole = torch.add(gradient, through, out=to_stream[piece])
             outs.add(whole, mixed[piece])
             torch.mm(whole, out, out=to_mixed[piece])
-        linears = (outs.weight, outs.bias, to_norm, to_norm_bias, ups.weight, ups.bias, downs.weight, downs.bias)
-        return to_stream, to_mixed, *linears, None
-
-
-def _activated(raised: Tensor, activation: ActivationName, gated: bool) -> Tensor:
-    function = ACTIVATIONS[activation]
-    if not gated:
-        return function(raised)
-    gate, up = raised.chunk(2, dim=-1)
-    return function(gate).mul_(up)
+        sums = (each for linear in (gates, ups, downs) for each in (linear.weight, linear.bias))
+        return to_stream, to_mixed, outs.weight, outs.bias, to_norm, to_norm_bias, *sums, None
 
 
 def _activated_backward(
-    raised: Tensor, gradient: Tensor, activation: ActivationName, gated: bool
-) -> tuple[Tensor, Tensor]:
-    """The activated numbers again, and the gradient of `raised`, from that of the former, which is overwritten."""
+    raised: Tensor, gated: Tensor | None, gradient: Tensor, activation: ActivationName
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The activated numbers again, and the gradients of `raised` and `gated`; overwrites that of the first."""
     function, backward = ACTIVATIONS[activation], _activation_backward[activation]
-    if not gated:
-        return function(raised), backward(gradient, raised)
-    gate, up = raised.chunk(2, dim=-1)
-    active = function(gate)
-    slope = torch.empty_like(raised)
-    to_gate, to_up = slope.chunk(2, dim=-1)
-    torch.mul(gradient, active, out=to_up)
-    to_gate.copy_(backward(gradient.mul_(up), gate))
-    return active.mul_(up), slope
+    if gated is None:
+        return function(raised), backward(gradient, raised), None
+    active = function(gated)
+    to_up = gradient * active
+    return active.mul_(raised), to_up, backward(gradient.mul_(raised), gated)
 
 
 def _plain_finish(ctx: Any, inputs: tuple[Tensor | None, ...]) -> Tensor:
-    stream, mixed, out, out_bias, norm_weight, norm_bias, up, up_bias, down, down_bias = cast(
+    stream, mixed, out, out_bias, norm_weight, norm_bias, gate, gate_bias, up, up_bias, down, down_bias = cast(
         "tuple[Tensor, ...]", inputs
     )
     linear = torch.nn.functional.linear
-    kind, activation, gated, _ = ctx.settings
+    kind, activation, _ = ctx.settings
     between = stream + linear(mixed, out, out_bias)
-    raised = linear(_plain_norm(kind, between, norm_weight, norm_bias), up, up_bias)
-    function = ACTIVATIONS[activation]
-    hidden = function(raised.chunk(2, -1)[0]) * raised.chunk(2, -1)[1] if gated else function(raised)
+    x = _plain_norm(kind, between, norm_weight, norm_bias)
+    raised, function = linear(x, up, up_bias), ACTIVATIONS[activation]
+    hidden = function(raised) if gate is None else function(linear(x, gate, gate_bias)) * raised  # pyright: ignore[reportUnnecessaryComparison]
     return between + linear(hidden, down, down_bias)

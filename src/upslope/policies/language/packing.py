@@ -17,7 +17,7 @@ from torch import Tensor
 
 Numbers: TypeAlias = np.ndarray
 
-WORTHWHILE = 0.05
+WORTHWHILE = 0.12
 """The part of all tokens that sharing must save before rows are gathered instead of being views."""
 PAIRS_PER_RUN = 8000
 """Pairs of positions that attention computes in the time one more call of it takes (measured: 128 wide, one core)."""
