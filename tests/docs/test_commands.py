@@ -12,7 +12,7 @@ import pytest
 from pages import PAGES, ROOT, shell_commands
 
 from upslope import cli
-from upslope.recipes import load_recipe
+from upslope.recipes import RECIPES, load_recipe
 from upslope.train.config_file import config_to_tree
 
 COMMANDS = sorted(
@@ -32,11 +32,13 @@ def arrive(*_: Any, **__: Any) -> NoReturn:
 
 @pytest.fixture
 def understood_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Commands end where their work begins; the one run directory they look into is there."""
+    """Commands end where their work begins; the run directories they look into are there."""
     for module, name in (
         ("upslope.train", "train"),
         ("upslope.train", "resume"),
         ("upslope.train", "evaluate_run"),
+        ("upslope.train.language.judge", "evaluate_language_run"),
+        ("upslope.policies.language.folder", "load_language_policy"),
         ("upslope.report", "compare"),
         ("upslope.report.diagnose", "diagnose"),
         ("upslope.collect", "check_environment"),
@@ -47,10 +49,14 @@ def understood_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         monkeypatch.setattr(importlib.import_module(module), name, arrive)
     configurations = importlib.import_module("upslope.train.config_file")
     monkeypatch.setattr(configurations, "read_run", lambda directory: load_recipe("cartpole-ppo"))
-    own = load_recipe(f"{ROOT}/examples/own_recipe.py:short_pole")
-    run = tmp_path / "runs" / "short-pole-seed1"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"run": config_to_tree(own), "estimator": {}}))
+    recipes = {name: name for name in RECIPES} | {"short-pole": f"{ROOT}/examples/own_recipe.py:short_pole"}
+    for place in {word for _, command in COMMANDS for word in shlex.split(command) if word.startswith("runs/")}:
+        name = Path(place).name.rpartition("-seed")[0]
+        if name in recipes:
+            (tmp_path / place / "policy").mkdir(parents=True)
+            record = json.dumps({"run": config_to_tree(load_recipe(recipes[name])), "estimator": {}}, default=str)
+            (tmp_path / place / "config.json").write_text(record)
+            (tmp_path / place / "metrics.jsonl").touch()
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "my_file.py").write_text("def my_loss(log_prob, reward):\n    return -(log_prob * reward).mean()\n")
     monkeypatch.chdir(tmp_path)
@@ -64,7 +70,18 @@ def test_command_is_understood(page: str, command: str) -> None:
 
 def test_there_are_commands_of_every_kind() -> None:
     used = {shlex.split(command)[1] for _, command in COMMANDS}
-    assert {"train", "recipes", "describe", "resume", "evaluate", "compare", "check-env", "audit", "diagnose"} <= used
+    assert {
+        "train",
+        "recipes",
+        "describe",
+        "resume",
+        "evaluate",
+        "compare",
+        "check-env",
+        "audit",
+        "diagnose",
+        "sample",
+    } <= used
 
 
 @pytest.mark.usefixtures("understood_is_enough")
