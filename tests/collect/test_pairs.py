@@ -80,8 +80,9 @@ def test_drawn_pairs_keep_their_tokens_and_ends():
         (Example(prompt="1=", completion="1", rejected="1" * 15), "pair 0 has a prompt of 2.*answer of 16"),
         (Example(prompt="1=", completion="one", rejected="1"), "pair 0, chosen"),
         (replace(DRAWN, rejected=DRAWN.chosen), "pair 0 has the same chosen and rejected"),
+        (Example(prompt="1=", completion="121", rejected="2", turns=("1", "2", "1")), "pair 0 is a conversation"),
     ],
-    ids=["no-chosen", "no-rejected", "equal", "too-long", "unknown-character", "equal-tokens"],
+    ids=["no-chosen", "no-rejected", "equal", "too-long", "unknown-character", "equal-tokens", "replies"],
 )
 def test_what_is_no_pair_is_named(pair, message):
     with pytest.raises(UsageError, match=message):

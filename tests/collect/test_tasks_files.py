@@ -247,13 +247,24 @@ def test_rewards_by_name_place_and_address():
     assert correct == "brevity"
     for settings_, message in (
         ({"rewards": ("exact",)}, "there is no reward 'exact': expected exact_match"),
-        ({"rewards": ()}, "a task needs a reward"),
+        ({"rewards": (), "correct": "exact_match"}, "correct must name one of the rewards .none., got 'exact_match'"),
         ({"rewards": ("exact_match", "exact_match")}, "two rewards have one name"),
         ({"weights": (1.0, 2.0)}, "expected 1, got 2"),
         ({"correct": "brevity"}, "correct must name one of the rewards exact_match, got 'brevity'"),
     ):
         with pytest.raises(ValueError, match=message):
             Files(training=Path("x.jsonl"), **settings_)
+
+
+def test_what_is_only_imitated_needs_no_reward(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}=", "completion": str(n)}) + "\n" for n in range(60)))
+    config = Files(training=str(path), format=RowFormat(completion="completion"), rewards=())  # type: ignore[arg-type]
+    assert config.training == path
+    task = config.build(0)
+    assert task.rewards == ()
+    assert task.training[0].completion is not None
+    assert task_from_rows(ROWS[:9], ROWS[9:], format=FORMAT, rewards=()).rewards == ()
 
 
 @pytest.mark.parametrize(

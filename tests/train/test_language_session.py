@@ -105,7 +105,7 @@ def test_the_policy_is_a_folder_that_loads_again(tmp_path: Path) -> None:
 def test_what_a_run_left_is_judged_as_at_its_end(tmp_path: Path) -> None:
     result = train(language_cases(tmp_path)["grpo"], task=some_task())
     assert result.evaluation is not None
-    again = evaluate_language_run(tmp_path / "run", prompts=4, samples=3, pass_at=(1, 3), task=some_task())
+    again = evaluate_language_run(tmp_path / "run", prompts=4, samples=3, task=some_task())
     greedy = [name for name in again.figures if name.startswith("greedy")]
     assert {name: again.figures[name] for name in greedy} == {name: result.evaluation.figures[name] for name in greedy}
     assert again.figures["pass@1"] <= again.figures["pass@3"]
@@ -216,6 +216,21 @@ def test_a_reward_that_fails_is_no_number_and_what_was_learnt_is_saved(tmp_path:
     assert len(of_kind(tmp_path / "run", "train")) == 3
     with RunDirectory.open(tmp_path / "run") as directory:
         assert directory.policy.is_dir()
+
+
+def test_an_update_with_fewer_rows_than_minibatches_takes_as_many_steps_as_it_has_rows(tmp_path: Path) -> None:
+    def breaks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        if len(completions) > 1 or len(completions[0]) % 2:
+            raise RuntimeError("an odd one")
+        return [float(len(completions[0]))]
+
+    task = replace(some_task(), rewards=(Reward(name="digits", function=breaks, inline=True),))
+    never = LanguageEvaluationConfig(times=0, prompts=4, samples=3, pass_at=(1,))
+    run = tiny_language(tmp_path, algorithm=GRPO(minibatches=12), experience=COMPLETIONS, evaluation=never)
+    train(run, task=task)
+    records = of_kind(tmp_path / "run", "train")
+    assert min(record["rows"] for record in records) < 12.0
+    assert all(record["optimizer_steps"] == record["rows"] for record in records)
 
 
 def test_truncated_sampling_and_masked_truncation_train(tmp_path: Path) -> None:

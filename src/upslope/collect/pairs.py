@@ -134,6 +134,11 @@ class PairCollector:
         for name, answer in (("completion (the chosen answer)", example.completion), ("rejected", example.rejected)):
             if answer is None:
                 raise UsageError(f"{where} has no {name}: learning from pairs needs both answers in every example")
+        if example.turns is not None:
+            raise UsageError(
+                f"{where} is a conversation, and of given pairs only single turns can be learnt from: let pairs of "
+                "conversations be drawn (experience.drawn), which keeps whose tokens are whose"
+            )
         return (
             prompt_tokens(self._tokenizer, example, where),
             answer_tokens(self._tokenizer, example.completion or "", f"{where}, chosen"),

@@ -85,7 +85,7 @@ def learn(
     if not bool(trajectory.mask.any()):
         idle = {"gradient_norm": 0.0, "optimizer_steps": 0.0}
         return Learned(state=now.state, metrics=idle, advantage=torch.zeros_like(trajectory.reward))
-    passes = algorithm.passes
+    passes = _fitting(policy, algorithm.passes, trajectory)
     trajectory = _referenced(passes, trajectory, reference)
     value, next_value, signal = _signal(policy, algorithm, trajectory)
     if meter is not None:
@@ -122,6 +122,17 @@ def learn(
     if meter is not None:
         metrics.update(meter.end(policy, moved="kl" not in metrics and _sampled(batch)))
     return Learned(state=state, metrics=metrics, advantage=advantage)
+
+
+def _fitting(policy: Policy, passes: Passes, trajectory: Trajectory) -> Passes:
+    """The passes with no more minibatches than there are rows: how many are collected can change from update to update.
+
+    Completions are left out where a reward failed, or where no other group with spread was found. Steps, of which
+    every update has as many, must go by the settings.
+    """
+    if not policy.sequential:
+        return passes
+    return replace(passes, minibatches=min(passes.minibatches, max(1, len(trajectory.mask) // passes.together)))
 
 
 def _referenced(passes: Passes, trajectory: Trajectory, reference: Policy | None) -> Trajectory:

@@ -286,5 +286,6 @@ def check_columns(name: str, accepted: Accepted, columns: Mapping[str, Sequence[
     if missing:
         raise UsageError(
             f"{name} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; the data has "
-            f"{', '.join(columns) or 'none'}. Give such an argument a default, or add the column"
+            f"{', '.join(columns) or 'none'}. Add the column, give such an argument a default, or leave "
+            "the reward out"
         )

@@ -43,7 +43,7 @@ class Files:
     """Which columns hold what."""
     rewards: tuple[str, ...] = ("exact_match",)
     """exact_match, last_number or math_verify (which read the column `answer`), path/to/file.py:function, or the
-    address of an HTTP endpoint."""
+    address of an HTTP endpoint. None at all where data alone is learnt from and judged by: demonstrations, pairs."""
     weights: tuple[float, ...] = ()
     """Of the rewards, one each; none for 1 each."""
     correct: str | None = None
@@ -54,7 +54,10 @@ class Files:
     """Collect the characters that occur, for a character tokenizer built here."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that go nowhere."""
+        """Refuse settings that go nowhere; a path may be given as text."""
+        object.__setattr__(self, "training", Path(self.training))
+        if self.held_out is not None:
+            object.__setattr__(self, "held_out", Path(self.held_out))
         if self.held_out is not None and not self.train_on_held_out and self.held_out == self.training:
             raise ValueError(
                 f"{str(self.training)!r} is given both to train on and to judge by: leave held_out away to hold out a "
@@ -104,7 +107,7 @@ def task_from_rows(
         training: mappings from column to value; they are gone through once and kept in memory.
         held_out: the same, to judge by.
         format: which columns hold what; None for prompts in the column "prompt" and nothing else.
-        rewards: what a completion is worth.
+        rewards: what a completion is worth; none where data alone is learnt from and judged by.
         correct: name of the reward that is 1 for a right answer; None for the first.
         name: as shown.
         stop: strings that end a completion.
@@ -113,8 +116,8 @@ def task_from_rows(
         UsageError: naming the row that does not have the format, if there are no rows, or none of the rewards is
             `correct`.
     """
-    if not rewards or (correct is not None and correct not in [reward.name for reward in rewards]):
-        raise UsageError(f"one of the rewards must be {correct!r}" if rewards else "a task needs a reward")
+    if correct is not None and correct not in [reward.name for reward in rewards]:
+        raise UsageError(f"one of the rewards must be {correct!r}")
     chosen = RowFormat() if format is None else format
     parts: list[tuple[Example, ...]] = []
     for part, rows in (("training", training), ("held_out", held_out)):
@@ -126,7 +129,7 @@ def task_from_rows(
         training=parts[0],
         held_out=parts[1],
         rewards=tuple(rewards),
-        correct=rewards[0].name if correct is None else correct,
+        correct=_first_name(rewards) if correct is None else correct,
         stop=stop,
     )
 
@@ -137,10 +140,8 @@ def named_rewards(
     """Rewards from names, paths and addresses, and the name of the one that counts as right.
 
     Raises:
-        ValueError: if there are none, a name is unknown or comes twice, or weights do not fit.
+        ValueError: if a name is unknown or comes twice, or weights do not fit.
     """
-    if not rewards:
-        raise ValueError("a task needs a reward, exact_match say")
     if weights and len(weights) != len(rewards):
         raise ValueError(f"weights are one per reward: expected {len(rewards)}, got {len(weights)}")
     made = tuple(_reward(text, weight) for text, weight in zip(rewards, weights or (1.0,) * len(rewards), strict=True))
@@ -148,8 +149,13 @@ def named_rewards(
     if len(set(names)) < len(names):
         raise ValueError(f"two rewards have one name: {', '.join(names)}")
     if correct is not None and correct not in names:
-        raise ValueError(f"correct must name one of the rewards {', '.join(names)}, got {correct!r}")
-    return made, names[0] if correct is None else correct
+        raise ValueError(f"correct must name one of the rewards {', '.join(names) or '(none)'}, got {correct!r}")
+    return made, _first_name(made) if correct is None else correct
+
+
+def _first_name(rewards: Sequence[Reward]) -> str:
+    """What counts as right where nothing else is said; empty where nothing is scored."""
+    return rewards[0].name if rewards else ""
 
 
 def _reward(text: str, weight: float) -> Reward:
