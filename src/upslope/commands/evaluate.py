@@ -57,8 +57,10 @@ def act(arguments: Sequence[str]) -> int:
     from upslope.train.config_file import recorded_run
     from upslope.train.language import LanguageRun
 
-    there = (command.run / "config.json").is_file()
-    speaks = there and recorded_run(command.run).get("class") == LanguageRun.__name__
+    if (command.run / "config.json").is_file():
+        speaks = recorded_run(command.run).get("class") == LanguageRun.__name__
+    else:
+        speaks = (command.prompts, command.samples) != (None, None)
     for name in _OF_AGENTS if speaks else _OF_LANGUAGE_MODELS:
         if getattr(command, name) not in (None, False):
             other = "of an agent, and this is a language model's run" if speaks else "of a language model's run"

@@ -50,7 +50,7 @@ def act(arguments: Sequence[str]) -> int:
     command = parse(Sample, arguments, program="upslope sample")
     if command.count < 1:
         raise UsageError(f"-n must be at least 1, got {command.count}")
-    folder = _folder(command)
+    folder = find_policy(command)
     from upslope.collect.engines.protocol import Request
     from upslope.collect.engines.torch import TorchEngine
     from upslope.policies.language.folder import load_language_policy
@@ -79,8 +79,11 @@ def act(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _folder(command: Sample) -> Path:
+def find_policy(command: Sample) -> Path:
     """The policy's folder.
+
+    Args:
+        command: as parsed.
 
     Raises:
         UsageError: there is none, or it is an agent's.
