@@ -9,19 +9,20 @@ from upslope.policies.language.config import LanguageModelConfig, ModelShape
 from upslope.train import CheckpointConfig, OptimizerConfig
 from upslope.train.language import LanguageEvaluationConfig, LanguageLogConfig, LanguageRun
 
-_LIMIT = 48
-"""Tokens of a conversation behind its prompt: call, reply and answer with its end take 24 at most."""
+_LIMIT = 32
+"""Tokens of a conversation behind its prompt: call, reply and answer with its end take 17 at most."""
+_CALCULATOR = Calculator(digits=2, held_out=256)
 _EVALUATION = LanguageEvaluationConfig(times=4, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT)
 
 
 def calculator_sft() -> LanguageRun:
-    """Products of three-digit numbers, 30 % of them by calling the calculator: the start of `calculator-grpo`."""
+    """Products of two-digit numbers, 30 % of them by calling the calculator: the start of `calculator-grpo`."""
     return LanguageRun(
         recipe="calculator-sft",
         model=LanguageModelConfig(
             shape=ModelShape(architecture="gpt2", width=64, layers=2, heads=4, inner=256, positions=64)
         ),
-        task=Calculator(),
+        task=_CALCULATOR,
         experience=DemonstrationConfig(rows=64),
         algorithm=SFT(),
         optimizer=OptimizerConfig(
@@ -30,7 +31,7 @@ def calculator_sft() -> LanguageRun:
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
-        steps=400,
+        steps=500,
     )
 
 
@@ -39,7 +40,7 @@ def calculator_grpo() -> LanguageRun:
     return LanguageRun(
         recipe="calculator-grpo",
         start_from="calculator-sft",
-        task=Calculator(),
+        task=_CALCULATOR,
         experience=CompletionConfig(prompts=32, group=8, limit=_LIMIT),
         algorithm=GRPO(scale="none", reduction="trajectory_sum", minibatches=2),
         optimizer=OptimizerConfig(learning_rate=4e-4, schedule="linear", max_gradient_norm=1.0, epsilon=1e-8),
