@@ -34,7 +34,7 @@ def countdown_sft() -> LanguageRun:
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
-        steps=300,
+        steps=250,
     )
 
 
@@ -50,5 +50,5 @@ def countdown_grpo() -> LanguageRun:
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
-        steps=180,
+        steps=240,
     )
