@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from tiny_language import COMPLETIONS, SHAPE, folder_hashes, language_cases, some_task, tiny_language
 
-from upslope.algorithms import GRPO, SFT
+from upslope.algorithms import GRPO, KTO, SFT
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig
 from upslope.collect.rewards.protocol import Reward
 from upslope.errors import UsageError
@@ -247,3 +247,18 @@ def test_demonstrations_without_rewards_are_judged_by_their_loss(tmp_path: Path)
     assert result.evaluation is not None
     assert result.evaluation.score == -result.evaluation.figures["nll"]
     assert "greedy_accuracy" not in result.evaluation.figures
+
+
+def test_bad_answers_are_not_what_a_policy_is_judged_by(tmp_path: Path) -> None:
+    task = replace(some_task(), rewards=())
+    good = tuple(example for example in task.held_out if example.columns["label"])
+    found = [
+        train(
+            tiny_language(tmp_path, algorithm=KTO(), reference="start", steps=1, name=name),
+            task=replace(task, held_out=held_out),
+        ).evaluation
+        for name, held_out in (("all", (*good[:2], *task.held_out[1:8:2])), ("good", good[:2]))
+    ]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].score == found[1].score

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from upslope.algorithms import KTO
 from upslope.collect.conversations import demonstration, role_of
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
 from upslope.collect.pairs import PairCollector
@@ -59,7 +60,7 @@ class LanguageReport:
     | greedy_truncated, sampled_truncated | share that the length limit cut |
     | greedy/NAME, sampled/NAME | mean of each part of the reward where it applies |
     | greedy_failed, sampled_failed | completions on which a reward or a reply failed; they count in no mean |
-    | nll | mean negative log-likelihood per token of the given answers |
+    | nll | mean negative log-likelihood per token of the given answers (of the good ones, where some are bad) |
     | pair_accuracy | share of pairs whose chosen answer is rewarded more |
     | prompts | how many were asked |
 
@@ -207,7 +208,9 @@ class LanguageEvaluator:
     def _answer(self, index: int) -> TokenRow | None:
         policy, task = self._frozen.policy, self._frozen.task
         example, where = task.held_out[index], f"held-out example {index} of task {task.name!r}"
-        if example.completion is None:
+        if example.completion is None or (
+            isinstance(self._run.algorithm, KTO) and not example.columns.get("label", True)
+        ):
             return None
         row = demonstration(policy.tokenizer, example, where, role=role_of(task))
         check_length(row, policy.context, where)

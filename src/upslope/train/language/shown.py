@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from upslope.algorithms import KTO
 from upslope.collect.experience import CompletionConfig, PairConfig
 from upslope.train.language.config import LanguageRun
 from upslope.train.session import Figures
@@ -41,6 +42,18 @@ _DEMONSTRATIONS = Figures(
     spoken=("nll", "entropy", "tokens_per_second"),
     unit="updates",
 )
+_LABELLED = Figures(
+    shown=(
+        ("loss", "loss", "{:.4f}"),
+        ("told apart", "accuracy", "{:.1%}"),
+        ("gain", "gain", "{:.3f}"),
+        ("log-prob", "log_prob", "{:.3f}"),
+        ("z", "reference_point", "{:.3f}"),
+        ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ),
+    spoken=("loss", "accuracy", "gain", "tokens_per_second"),
+    unit="updates",
+)
 _PAIRS = Figures(
     shown=(
         ("loss", "loss", "{:.4f}"),
@@ -60,4 +73,6 @@ def figures_of(run: LanguageRun) -> Figures:
     """The figures that say how such a run goes."""
     if isinstance(run.experience, CompletionConfig):
         return _COMPLETIONS
+    if isinstance(run.algorithm, KTO):
+        return _LABELLED
     return _PAIRS if isinstance(run.experience, PairConfig) else _DEMONSTRATIONS
