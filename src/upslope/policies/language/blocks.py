@@ -304,7 +304,7 @@ class _Finish(Function):
             x = kind.forward(between, norm_weight, norm_bias)
             place = piece if keep else slice(0, len(x))
             hidden = _product(x, up, up_bias, raised[place])
-            if gated is None:
+            if gate is None or gated is None:
                 hidden = ACTIVATIONS[activation](hidden)
             else:
                 hidden = ACTIVATIONS[activation](_product(x, gate, gate_bias, gated[place])).mul_(hidden)
