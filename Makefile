@@ -13,7 +13,7 @@ train: setup  ## both worlds, one after the other; or one recipe: make train REC
 	$(BIN)/upslope train $(RECIPE) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 test: lint  ## everything CI runs
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: setup  ## formatting, types and the import rules
 	$(BIN)/ruff check .
