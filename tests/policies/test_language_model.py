@@ -202,6 +202,8 @@ def test_adapters_train_alone_and_start_without_effect(architecture: str) -> Non
 def test_adapters_that_fit_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match=r"lora\.targets="):
         build(lora=LoraConfig(targets=("nowhere",)))
+    with pytest.raises(UsageError, match="on the output embeddings"):
+        build(shape=small_shape("llama", tied=False), lora=LoraConfig(targets=("q_proj", "lm_head")))
     with pytest.raises(UsageError, match="rank of at least 1"):
         build(lora=LoraConfig(rank=0))
 

@@ -132,6 +132,12 @@ def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> Any
             task_type="CAUSAL_LM",
         )
         try:
-            return peft.get_peft_model(model, settings)
+            adapted: Any = peft.get_peft_model(model, settings)
         except ValueError as error:
             raise UsageError(f"lora.targets={config.targets} cannot get adapters: {error}") from error
+        if isinstance(adapted.get_output_embeddings(), peft.tuners.lora.LoraLayer):
+            raise UsageError(
+                f"lora.targets={config.targets} puts an adapter on the output embeddings, whose weight is read without "
+                "one: leave them out"
+            )
+        return adapted
