@@ -20,7 +20,7 @@ from upslope.policies.language.parts import ACTIVATIONS, ActivationName, Layer, 
 
 PIECE = 2**19
 """Numbers of the widest activation that are worked on at a time (2 MiB in float32)."""
-FEWEST = 384
+FEWEST = 1024
 """Rows of a piece, at least: each piece reads and writes the weights' gradients once."""
 
 _aten = torch.ops.aten
