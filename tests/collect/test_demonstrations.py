@@ -4,6 +4,7 @@ import pytest
 import torch
 from scripted_language import TOKENIZER, ids, make_task
 
+from upslope.collect.conversations import demonstration
 from upslope.collect.demonstrations import DemonstrationCollector
 from upslope.collect.experience import DemonstrationConfig
 from upslope.collect.tasks.protocol import Example
@@ -44,10 +45,10 @@ def test_prompts_can_be_learnt_too():
 
 
 def test_an_end_token_in_the_text_stands_once():
-    assert answer_tokens(TOKENIZER, "12<|end|>", "it") == (*ids("12"), END)
-    assert answer_tokens(TOKENIZER, "<|end|>", "it") == (END,)
+    assert answer_tokens(TOKENIZER, "12<|end|>", "it", ending=END) == (*ids("12"), END)
+    assert answer_tokens(TOKENIZER, "<|end|>", "it", ending=END) == (END,)
     with pytest.raises(UsageError, match=r"it: its answer goes on after the end token '<\|end\|>' \(token 1"):
-        answer_tokens(TOKENIZER, "1<|end|>2", "it")
+        answer_tokens(TOKENIZER, "1<|end|>2", "it", ending=END)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +120,55 @@ def test_a_chat_template_renders_the_prompt():
     tokens = [trajectory.observation[0, 0].item(), *trajectory.action[0].tolist()]
     assert tokenizer.decode(tokens, special=True) == "u:1+1=am:2<|end|>"
     assert trajectory.mask.sum() == 2
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role[0] }}:{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>a:{% endif %}"
+)
+
+
+def marked(template, *, more_ends=(), end_token=None):
+    """A tokenizer whose own end token is not the one that its chat template ends turns with."""
+    from upslope.policies.language.tokenizer import Tokenizer, character_tokenizer
+
+    backend = character_tokenizer("0123456789+=ua:\n ").backend
+    backend.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    backend.chat_template = template
+    more = [backend.convert_tokens_to_ids(name) for name in more_ends]
+    return Tokenizer(backend, more_ends=more, end_token=end_token)
+
+
+ASKED = ({"role": "user", "content": "1+1="},)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"more_ends": ["<|im_end|>"]}, {"end_token": "<|im_end|>"}], ids=["more", "named"]
+)
+def test_an_answer_to_messages_ends_as_the_template_ends_turns(settings):
+    tokenizer = marked(TURNS, **settings)
+    row = demonstration(tokenizer, Example(prompt=ASKED, completion="2"), "it", role="tool")
+    assert tokenizer.decode(row.answer, special=True) == "2<|im_end|>"
+    whole = tokenizer.render([*ASKED, {"role": "assistant", "content": "2"}], generation_prompt=False)
+    assert [*row.prompt, *row.answer] == whole[:-1]
+    plain = demonstration(tokenizer, Example(prompt="1+1=", completion="2"), "it", role="tool")
+    assert plain.answer[-1] == tokenizer.end_token
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (TURNS, r"it: .*turn with '<\|im_end\|>', and completions end with '<\|end\|>'.*Set model\.end_token to"),
+        (TURNS.replace("in messages", "in messages if m.role == 'user'"), "it: the chat template leaves out"),
+    ],
+    ids=["no-end-token", "no-assistant"],
+)
+def test_a_template_whose_turns_no_completion_can_end_is_refused(template, message):
+    with pytest.raises(UsageError, match=message):
+        demonstration(marked(template), Example(prompt=ASKED, completion="2"), "it", role="tool")
+
+
+def test_a_template_that_ends_turns_with_words_leaves_the_end_token():
+    tokenizer = marked(TURNS.replace("<|im_end|>", ""))
+    row = demonstration(tokenizer, Example(prompt=ASKED, completion="2"), "it", role="tool")
+    assert tokenizer.decode(row.answer, special=True) == "2<|end|>"

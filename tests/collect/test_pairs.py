@@ -89,6 +89,19 @@ def test_what_is_no_pair_is_named(pair, message):
         collector([pair]).collect(None, 0)
 
 
+def test_answers_to_messages_end_as_the_template_ends_turns():
+    from upslope.policies.language.tokenizer import Tokenizer, character_tokenizer
+
+    backend = character_tokenizer("0123456789+=").backend
+    backend.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    backend.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    tokenizer = Tokenizer(backend, more_ends=[backend.convert_tokens_to_ids("<turn>")])
+    pair = Example(prompt=({"role": "user", "content": "1+1="},), completion="2", rejected="3")
+    trajectory = PairCollector([pair], tokenizer, PairConfig(pairs=1), seed=2, context=16).collect(None, 0)
+    answers = [tokenizer.decode(trajectory.action[row][trajectory.mask[row]], special=True) for row in range(2)]
+    assert answers == ["2<turn>", "3<turn>"]
+
+
 def test_resumed_is_the_same():
     pairs = [Example(prompt=f"{n}=", completion="1", rejected="2") for n in range(5)]
     straight = collector(pairs, number=2)

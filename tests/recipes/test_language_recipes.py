@@ -101,8 +101,9 @@ def small_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("model") / "small-qwen"
     tokenizer = character_tokenizer("".join(chr(code) for code in range(32, 127)) + "\n")
+    tokenizer.backend.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.backend.chat_template = (
-        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
     )
     config = Qwen2Config(

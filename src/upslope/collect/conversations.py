@@ -21,7 +21,7 @@ from upslope.collect.engines.protocol import Completion, Engine, Request
 from upslope.collect.errors import NonFiniteError
 from upslope.collect.rewards.protocol import Columns, Failed, NotApplicable, Reply
 from upslope.collect.tasks.protocol import Example, Message, Task
-from upslope.collect.text_rows import TokenRow, Tokens, answer_tokens, completion_text, prompt_tokens
+from upslope.collect.text_rows import TokenRow, Tokens, answer_end, answer_tokens, completion_text, prompt_tokens
 from upslope.errors import UsageError
 from upslope.policies.language.sampling import Sampling
 from upslope.policies.language.tokenizer import Tokenizer
@@ -241,8 +241,9 @@ def reply_tokens(tokenizer: Tokenizer, text: str, last: int) -> Tokens:
     Raises:
         UsageError: if the tokenizer has no tokens for it.
     """
-    tokens = tuple(tokenizer.encode(text))
-    return tokens[1:] if tokens and last in tokenizer.end and tokens[0] == last else tokens
+    if last in tokenizer.end and text.lstrip().startswith(tokenizer.pieces([last])[0]):
+        return tuple(tokenizer.encode(text.lstrip()))[1:]
+    return tuple(tokenizer.encode(text))
 
 
 def check_template(tokenizer: Tokenizer, example: Example, role: str) -> None:
@@ -272,7 +273,8 @@ def role_of(task: Task) -> str:
 def demonstration(tokenizer: Tokenizer, example: Example, where: str, *, role: str) -> TokenRow:
     """The row of an example's completion: the policy's turns chosen, replies between them not.
 
-    Where messages begin it, every turn of the policy ends with the end token; else only the last one does.
+    Where messages begin it, every turn of the policy ends with the template's end of turn; else only the last one ends,
+    with the end token.
 
     Args:
         tokenizer: of the policy.
@@ -285,8 +287,9 @@ def demonstration(tokenizer: Tokenizer, example: Example, where: str, *, role: s
     """
     prompt, completion = prompt_tokens(tokenizer, example, where), example.completion
     assert completion is not None
+    ending = answer_end(tokenizer, example.prompt, where)
     if example.turns is None:
-        return TokenRow(prompt=prompt, answer=answer_tokens(tokenizer, completion, where))
+        return TokenRow(prompt=prompt, answer=answer_tokens(tokenizer, completion, where, ending=ending))
     tokens: list[int] = []
     chosen: list[bool] = []
     for number, text in enumerate(example.turns):
@@ -294,7 +297,7 @@ def demonstration(tokenizer: Tokenizer, example: Example, where: str, *, role: s
             written = reply_text(tokenizer, example.prompt, example.turns[1 : number + 1 : 2], role)
             added = reply_tokens(tokenizer, written, tokens[-1])
         else:
-            added = answer_tokens(tokenizer, text, f"{where}, turn {number // 2 + 1}")
+            added = answer_tokens(tokenizer, text, f"{where}, turn {number // 2 + 1}", ending=ending)
             if number + 1 < len(example.turns) and isinstance(example.prompt, str):
                 added = added[:-1]
         tokens += added

@@ -17,6 +17,7 @@ from upslope.trajectory import Policy, Trajectory, Tree
 class DemonstrationCollector:
     """Brings the task's examples with their answers, an end token after each; a `Collector`.
 
+    Answers to messages end as the chat template ends the assistant's turns.
     Where an answer is a conversation, the replies to the policy's turns are read and not learnt.
 
     No example is skipped: one without an answer is an error. An empty answer is just the end token. Nobody sampled

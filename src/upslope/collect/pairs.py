@@ -11,7 +11,15 @@ from upslope.collect.example_order import ExampleOrder
 from upslope.collect.experience import PairConfig
 from upslope.collect.samples import Sample, SampleSource, Scorer, has_spread, reasons
 from upslope.collect.tasks.protocol import Example, Examples, Task
-from upslope.collect.text_rows import TokenRow, Tokens, answer_tokens, build_rows, check_length, prompt_tokens
+from upslope.collect.text_rows import (
+    TokenRow,
+    Tokens,
+    answer_end,
+    answer_tokens,
+    build_rows,
+    check_length,
+    prompt_tokens,
+)
 from upslope.errors import UsageError
 from upslope.policies.language.tokenizer import Tokenizer
 from upslope.trajectory import Policy, Trajectory, Tree
@@ -97,17 +105,29 @@ class PairCollector:
             UsageError: naming the pair that lacks an answer, has two equal ones, cannot be written as tokens or does
                 not fit the context.
         """
-        rows = [row for index in self._order.take(self._config.pairs) for row in self._rows(index)]
-        group = [place // 2 for place in range(len(rows))]
-        trajectory = build_rows(rows, end_token=self._tokenizer.end_token, group=group, version=update)
+        trajectory = self.take(self._order.take(self._config.pairs), version=update)
         lengths = trajectory.mask.sum(dim=1).float().view(-1, 2).mean(dim=0).tolist()
         self._metrics = {
-            "rows": float(len(rows)),
+            "rows": float(len(trajectory.mask)),
             "learnt_tokens": float(trajectory.mask.sum()),
             "chosen_length": lengths[0],
             "rejected_length": lengths[1],
         }
         return trajectory
+
+    def take(self, indices: Iterable[int], *, version: int) -> Trajectory:
+        """These pairs in this order, whatever comes next in training.
+
+        Args:
+            indices: of the pairs.
+            version: written into every row.
+
+        Raises:
+            UsageError: as `collect`.
+        """
+        rows = [row for index in indices for row in self._rows(index)]
+        group = [place // 2 for place in range(len(rows))]
+        return build_rows(rows, end_token=self._tokenizer.end_token, group=group, version=version)
 
     def _rows(self, index: int) -> tuple[TokenRow, TokenRow]:
         pair, where = self._pairs[index], f"pair {index}"
@@ -139,10 +159,14 @@ class PairCollector:
                 f"{where} is a conversation, and of given pairs only single turns can be learnt from: let pairs of "
                 "conversations be drawn (experience.drawn), which keeps whose tokens are whose"
             )
-        return (
+        prompt, ending = (
             prompt_tokens(self._tokenizer, example, where),
-            answer_tokens(self._tokenizer, example.completion or "", f"{where}, chosen"),
-            answer_tokens(self._tokenizer, example.rejected or "", f"{where}, rejected"),
+            answer_end(self._tokenizer, example.prompt, where),
+        )
+        return (
+            prompt,
+            answer_tokens(self._tokenizer, example.completion or "", f"{where}, chosen", ending=ending),
+            answer_tokens(self._tokenizer, example.rejected or "", f"{where}, rejected", ending=ending),
         )
 
     def metrics(self) -> dict[str, float]:

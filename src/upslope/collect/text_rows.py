@@ -36,6 +36,9 @@ Tokens: TypeAlias = tuple[int, ...]
 _REASONED = "</think>"
 """What ends the reasoning within a turn, where there is some."""
 
+_ANSWER = "an answer stands here"
+"""For the assistant's words where the chat template is rendered for what it writes after them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRow:
@@ -183,8 +186,51 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     return tokenizer.encode(text)
 
 
-def answer_tokens(tokenizer: Tokenizer, text: str, where: str) -> Tokens:
-    """An answer to learn from, with the end token after it (once: not where the text ends with one already).
+def answer_end(tokenizer: Tokenizer, prompt: str | tuple[Message, ...], where: str) -> int:
+    """The token that ends an answer to a prompt: the one that the chat template writes after the assistant's words.
+
+    For plain prompts, and for templates that write words or nothing there, it is the tokenizer's end token.
+
+    Args:
+        tokenizer: with the template.
+        prompt: of the answer.
+        where: its name, for errors.
+
+    Raises:
+        UsageError: if the template ends turns with a token that ends no completion, or leaves out the assistant's turn.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.end_token
+    with _naming(where):
+        text = tokenizer.render_text([*prompt, Message(role="assistant", content=_ANSWER)], generation_prompt=False)
+    _, shown, after = text.rpartition(_ANSWER)
+    if not shown:
+        raise UsageError(
+            f"{where}: the chat template leaves out what the assistant says: it made {text[-200:]!r} of a conversation "
+            "that ends with an answer. Use a template that keeps every turn"
+        )
+    names = {**tokenizer.backend.get_added_vocab(), **{tokenizer.pieces([token])[0]: token for token in tokenizer.end}}
+    found = max((name for name in names if name and after.lstrip().startswith(name)), key=len, default=None)
+    if found is None:
+        return tokenizer.end_token
+    if names[found] not in tokenizer.end:
+        ends = ", ".join(map(repr, tokenizer.pieces(sorted(tokenizer.end))))
+        raise UsageError(
+            f"{where}: the chat template ends the assistant's turn with {found!r}, and completions end with {ends}: "
+            f"what is learnt here would never end a turn. Set model.end_token to {found!r} (the others still end "
+            "completions where the model's configuration names them)"
+        )
+    return names[found]
+
+
+def answer_tokens(tokenizer: Tokenizer, text: str, where: str, *, ending: int) -> Tokens:
+    """An answer to learn from, with an end token after it (once: not where the text ends with one already).
+
+    Args:
+        tokenizer: of the policy.
+        text: of the answer.
+        where: its name, for errors.
+        ending: the end token, of `answer_end`.
 
     Raises:
         UsageError: if the tokenizer cannot write it down, or it goes on after an end token: no completion could.
@@ -193,8 +239,6 @@ def answer_tokens(tokenizer: Tokenizer, text: str, where: str) -> Tokens:
         tokens = tuple(tokenizer.encode(text))
     if tokens and tokens[-1] in tokenizer.end:
         tokens, ending = tokens[:-1], tokens[-1]
-    else:
-        ending = tokenizer.end_token
     inside = [place for place, token in enumerate(tokens) if token in tokenizer.end]
     if inside:
         name = tokenizer.pieces([tokens[inside[0]]])[0]

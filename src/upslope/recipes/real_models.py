@@ -42,7 +42,7 @@ def gsm8k_qwen_0_5b_sft() -> LanguageRun:
     """Qwen2.5 0.5B learns the worked solutions of GSM8K."""
     return LanguageRun(
         recipe="gsm8k-qwen-0-5b-sft",
-        model=LanguageModelConfig(source="Qwen/Qwen2.5-0.5B", precision="bfloat16"),
+        model=LanguageModelConfig(source="Qwen/Qwen2.5-0.5B", precision="bfloat16", end_token="<|im_end|>"),
         task=_GSM8K,
         experience=DemonstrationConfig(rows=64),
         algorithm=SFT(),
