@@ -241,7 +241,7 @@ def chatting(template):
 def test_a_chat_template_writes_what_stands_between_the_turns():
     tokenizer = chatting(CHAT)
     check_template(tokenizer, Example(prompt=MESSAGES), "tool")
-    text = reply_text(tokenizer, MESSAGES, ["1", "2"], "tool")
+    text = reply_text(tokenizer, MESSAGES, ["1", "2"], ["tool", "tool"])
     assert text == "<|end|><t>2<|end|><a>"
     after_end = reply_tokens(tokenizer, text, tokenizer.end_token)
     assert tokenizer.decode(after_end, special=True) == "<t>2<|end|><a>"
@@ -265,6 +265,30 @@ def test_demonstrated_conversations_are_the_rendered_ones():
     assert [*row.prompt, *row.answer] == rendered
     own = [token for token, chosen in zip(row.answer, row.chosen, strict=True) if chosen]
     assert tokenizer.decode(own, special=True) == "[1]<|end|>3<|end|>"
+
+
+def test_replies_have_the_roles_that_the_example_gives_them():
+    tokenizer = chatting(CHAT)
+    example = Example(prompt=MESSAGES, completion="12321", turns=("1", "2", "3", "2", "1"), roles=("user", "tool"))
+    row = demonstration(tokenizer, example, "it", role="nobody")
+    roles = ("user", "assistant", "user", "assistant", "tool", "assistant")
+    turns = [{"role": role, "content": content} for role, content in zip(roles, "h12321", strict=True)]
+    assert [*row.prompt, *row.answer] == tokenizer.render([MESSAGES[0], *turns[1:]], generation_prompt=False)
+    with pytest.raises(ValueError, match="one for each reply"):
+        replace(example, roles=("user",))
+
+
+def test_demonstrated_conversations_under_templates_that_rewrite_or_drop():
+    """Where there is no reasoning, a template that takes it out of earlier turns rewrites nothing."""
+    example = Example(prompt=MESSAGES, completion="123", turns=("1", "2", "3"), roles=("tool",))
+    assert demonstration(chatting(FORGETS), example, "it", role="tool") == demonstration(
+        chatting(CHAT), example, "it", role="tool"
+    )
+    reasoned = replace(example, completion="<think>1</think>123", turns=("<think>1</think>1", "2", "3"))
+    with pytest.raises(UsageError, match="it: the chat template rewrites history"):
+        demonstration(chatting(FORGETS), reasoned, "it", role="tool")
+    with pytest.raises(UsageError, match="it: the chat template drops or rewrites what the tool says: '2'"):
+        demonstration(chatting(NO_TOOL), example, "it", role="tool")
 
 
 def test_demonstrated_conversations_of_plain_text():

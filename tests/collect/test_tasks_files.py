@@ -122,6 +122,24 @@ def test_messages_pairs_and_labels():
         labelled.example({"prompt": "", "text": "x", "good": 2})
 
 
+def test_all_turns_of_the_assistant_are_answers():
+    roles = ("system", "user", "assistant", "user", "assistant", "tool", "assistant")
+    messages = [{"role": role, "content": str(number)} for number, role in enumerate(roles)]
+    example = RowFormat(prompt="messages").example({"messages": messages, "id": 7})
+    assert example.prompt == tuple(messages[:2])
+    assert (example.turns, example.roles) == (("2", "3", "4", "5", "6"), ("user", "tool"))
+    assert (example.completion, example.columns) == ("23456", {"id": 7})
+    asked = RowFormat(prompt="messages").example({"messages": messages[:4]})
+    assert (asked.prompt, asked.completion, asked.turns) == (tuple(messages[:4]), None, None)
+    for wrong, message in (
+        ([*messages, messages[-1]], "take turns; got system, .*, tool, assistant, assistant: join"),
+        ([*messages[:4], *messages[3:]], "take turns; got system, user, assistant, user, user, assistant"),
+        (messages[2:], "an answer and no prompt before it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RowFormat(prompt="messages").example({"messages": wrong})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -21,7 +21,15 @@ from upslope.collect.engines.protocol import Completion, Engine, Request
 from upslope.collect.errors import NonFiniteError
 from upslope.collect.rewards.protocol import Columns, Failed, NotApplicable, Reply
 from upslope.collect.tasks.protocol import Example, Message, Task
-from upslope.collect.text_rows import TokenRow, Tokens, answer_end, answer_tokens, completion_text, prompt_tokens
+from upslope.collect.text_rows import (
+    TokenRow,
+    Tokens,
+    answer_end,
+    answer_tokens,
+    completion_text,
+    naming,
+    prompt_tokens,
+)
 from upslope.errors import UsageError
 from upslope.policies.language.sampling import Sampling
 from upslope.policies.language.tokenizer import Tokenizer
@@ -188,7 +196,7 @@ class Conversations:
             conversation.failed = reply.reason
             return False
         replies = [*conversation.said[1::2], reply]
-        text = reply_text(self.tokenizer, conversation.example.prompt, replies, self.dialogue.role)
+        text = reply_text(self.tokenizer, conversation.example.prompt, replies, [self.dialogue.role] * len(replies))
         try:
             tokens = reply_tokens(self.tokenizer, text, conversation.tokens[-1])
         except UsageError as error:
@@ -202,7 +210,14 @@ class Conversations:
         return True
 
 
-def reply_text(tokenizer: Tokenizer, prompt: str | tuple[Message, ...], replies: Sequence[str], role: str) -> str:
+def reply_text(
+    tokenizer: Tokenizer,
+    prompt: str | tuple[Message, ...],
+    replies: Sequence[str],
+    roles: Sequence[str],
+    *,
+    stand_in: str = _STAND_IN,
+) -> str:
     """What is appended for the last of some replies: itself, or what a chat template makes of it.
 
     For messages it is everything that the template writes after the policy's words up to where the policy goes on: the
@@ -212,7 +227,8 @@ def reply_text(tokenizer: Tokenizer, prompt: str | tuple[Message, ...], replies:
         tokenizer: with the template.
         prompt: of the conversation; plain text takes replies as they are.
         replies: all so far.
-        role: of the replies.
+        roles: of the replies.
+        stand_in: for the policy's words, which are not encoded again.
 
     Raises:
         UsageError: if the template rewrites earlier turns, or refuses the conversation.
@@ -221,9 +237,9 @@ def reply_text(tokenizer: Tokenizer, prompt: str | tuple[Message, ...], replies:
         return replies[-1]
     history: list[Mapping[str, Any]] = [*prompt]
     before, after = "", ""
-    for reply in replies:
-        before = tokenizer.render_text(history, generation_prompt=True) + _STAND_IN
-        history += [{"role": "assistant", "content": _STAND_IN}, {"role": role, "content": reply}]
+    for reply, role in zip(replies, roles, strict=True):
+        before = tokenizer.render_text(history, generation_prompt=True) + stand_in
+        history += [{"role": "assistant", "content": stand_in}, {"role": role, "content": reply}]
         after = tokenizer.render_text(history, generation_prompt=True)
         if not after.startswith(before):
             same = next((at for at, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), 0)
@@ -262,7 +278,7 @@ def check_template(tokenizer: Tokenizer, example: Example, role: str) -> None:
     words = str(example.prompt[-1].get("content"))
     turn, reply = {"role": "assistant", "content": words}, {"role": role, "content": words}
     tokenizer.check_appending([*example.prompt, turn, reply, turn, reply, turn])
-    reply_text(tokenizer, example.prompt, [words, words], role)
+    reply_text(tokenizer, example.prompt, [words, words], [role, role])
 
 
 def role_of(task: Task) -> str:
@@ -280,10 +296,10 @@ def demonstration(tokenizer: Tokenizer, example: Example, where: str, *, role: s
         tokenizer: of the policy.
         example: with a completion.
         where: its name, for errors.
-        role: of replies under a chat template.
+        role: of replies under a chat template, where the example does not say.
 
     Raises:
-        UsageError: if something cannot be written down.
+        UsageError: if something cannot be written down, or the chat template rewrites or drops a turn.
     """
     prompt, completion = prompt_tokens(tokenizer, example, where), example.completion
     assert completion is not None
@@ -294,8 +310,7 @@ def demonstration(tokenizer: Tokenizer, example: Example, where: str, *, role: s
     chosen: list[bool] = []
     for number, text in enumerate(example.turns):
         if number % 2:
-            written = reply_text(tokenizer, example.prompt, example.turns[1 : number + 1 : 2], role)
-            added = reply_tokens(tokenizer, written, tokens[-1])
+            added = _written_reply(tokenizer, example, number, where, role, tokens[-1])
         else:
             added = answer_tokens(tokenizer, text, f"{where}, turn {number // 2 + 1}", ending=ending)
             if number + 1 < len(example.turns) and isinstance(example.prompt, str):
@@ -303,6 +318,26 @@ def demonstration(tokenizer: Tokenizer, example: Example, where: str, *, role: s
         tokens += added
         chosen += [number % 2 == 0] * len(added)
     return TokenRow(prompt=prompt, answer=tuple(tokens), chosen=tuple(chosen))
+
+
+def _written_reply(tokenizer: Tokenizer, example: Example, number: int, where: str, role: str, last: int) -> Tokens:
+    """The tokens of a demonstrated reply, which stands at `number` of the example's turns, after the token `last`."""
+    turns = example.turns
+    assert turns is not None
+    replies = turns[1 : number + 1 : 2]
+    roles = [role] * len(replies) if example.roles is None else example.roles[: len(replies)]
+    reasoned = any("</think>" in turn for turn in turns[::2])
+    try:
+        text = reply_text(tokenizer, example.prompt, replies, roles, stand_in=_STAND_IN if reasoned else "answer")
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    if replies[-1].strip() not in text:
+        raise UsageError(
+            f"{where}: the chat template drops or rewrites what the {roles[-1]} says: {replies[-1][:60]!r} is not in "
+            f"{text[:200]!r}. Use a template that keeps every turn, or leave such turns out of the data"
+        )
+    with naming(where):
+        return reply_tokens(tokenizer, text, last)
 
 
 def check_drawn(completions: Sequence[Completion], requests: Sequence[Request]) -> None:

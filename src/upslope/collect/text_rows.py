@@ -160,7 +160,7 @@ def prompt_tokens(tokenizer: Tokenizer, example: Example, where: str) -> Tokens:
         UsageError: if the tokenizer cannot write it down, it has no tokens, or the chat template drops a turn.
     """
     prompt = example.prompt
-    with _naming(where):
+    with naming(where):
         tokens = tuple(tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else _rendered(tokenizer, prompt))
     if not tokens:
         raise UsageError(
@@ -201,7 +201,7 @@ def answer_end(tokenizer: Tokenizer, prompt: str | tuple[Message, ...], where: s
     """
     if isinstance(prompt, str):
         return tokenizer.end_token
-    with _naming(where):
+    with naming(where):
         text = tokenizer.render_text([*prompt, Message(role="assistant", content=_ANSWER)], generation_prompt=False)
     _, shown, after = text.rpartition(_ANSWER)
     if not shown:
@@ -235,7 +235,7 @@ def answer_tokens(tokenizer: Tokenizer, text: str, where: str, *, ending: int) -
     Raises:
         UsageError: if the tokenizer cannot write it down, or it goes on after an end token: no completion could.
     """
-    with _naming(where):
+    with naming(where):
         tokens = tuple(tokenizer.encode(text))
     if tokens and tokens[-1] in tokenizer.end:
         tokens, ending = tokens[:-1], tokens[-1]
@@ -310,7 +310,7 @@ def _visible(text: str) -> str:
 
 
 @contextmanager
-def _naming(where: str) -> Iterator[None]:
+def naming(where: str) -> Iterator[None]:
     """Say which example it was that could not be written down."""
     try:
         yield

@@ -28,6 +28,7 @@ class Example:
         columns: whatever else the line holds; reward functions get it by name.
         turns: `completion` as a conversation: the policy's first turn, the reply to it, ..., the policy's last turn;
             joined they are the completion. None where it is a single turn. Replies are read and not learnt.
+        roles: of the replies in `turns`, for the chat template; None for that of the task's dialogue.
     """
 
     prompt: str | tuple[Message, ...]
@@ -35,14 +36,17 @@ class Example:
     rejected: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     turns: tuple[str, ...] | None = None
+    roles: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse turns that are not those of the completion."""
+        """Refuse turns that are not those of the completion, and roles of no replies."""
         if self.turns is not None and (len(self.turns) % 2 == 0 or "".join(self.turns) != self.completion):
             raise ValueError(
                 "turns are the policy's, the reply's, ..., the policy's and joined the completion, got "
                 f"{len(self.turns)} turns {self.turns} of the completion {self.completion!r}"
             )
+        if self.roles is not None and len(self.roles) != len((self.turns or ())[1::2]):
+            raise ValueError(f"roles are one for each reply in turns, got {self.roles} for {self.turns}")
 
 
 class Examples(Protocol):

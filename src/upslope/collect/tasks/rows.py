@@ -17,8 +17,9 @@ class RowFormat:
     """Which columns hold what. Reward functions get every other column by its name, and the `answer`."""
 
     prompt: str = "prompt"
-    """Column of the prompt: text, or a list of messages {"role": ..., "content": ...}. Messages that end with the
-    assistant's are a prompt and its completion."""
+    """Column of the prompt: text, or a list of messages {"role": ..., "content": ...}. Of messages that end with the
+    assistant's, the prompt is what stands before its first turn; the rest is the completion, in which all turns of the
+    assistant are learnt and the others only read."""
     completion: str | None = None
     """Column of the answer to learn from (of a pair: the chosen one): text, or one message of the assistant."""
     rejected: str | None = None
@@ -56,11 +57,12 @@ class RowFormat:
         Raises:
             ValueError: naming the column that is missing or holds something else.
         """
-        prompt, last = self._prompt(_column(row, self.prompt))
-        if last is not None and self.completion is not None:
+        prompt, said = self._prompt(_column(row, self.prompt))
+        if said and self.completion is not None:
             raise ValueError(
                 f"column {self.prompt!r} ends with the assistant's message, and there is a completion, too"
             )
+        completion = "".join(content for _, content in said) if said else None
         columns = {
             name: value for name, value in row.items() if name not in (self.prompt, self.completion, self.rejected)
         }
@@ -70,25 +72,33 @@ class RowFormat:
             columns["label"] = _label(_column(row, self.label), self.label)
         return Example(
             prompt=prompt,
-            completion=last if self.completion is None else _text(_column(row, self.completion), self.completion),
+            completion=completion if self.completion is None else _text(_column(row, self.completion), self.completion),
             rejected=None if self.rejected is None else _text(_column(row, self.rejected), self.rejected),
             columns=columns,
+            turns=tuple(content for _, content in said) if len(said) > 1 else None,
+            roles=tuple(role for role, _ in said[1::2]) if len(said) > 1 else None,
         )
 
-    def _prompt(self, value: Any) -> tuple[str | tuple[Message, ...], str | None]:
-        """The prompt, and the answer that its messages end with."""
+    def _prompt(self, value: Any) -> tuple[str | tuple[Message, ...], list[tuple[str, str]]]:
+        """The prompt, and what follows it where its messages end with the assistant's: turn by turn."""
         if isinstance(value, str):
             text = self.template.replace(PLACE, value)
             if not self.chat:
-                return text, None
+                return text, []
             before = [] if self.system is None else [Message(role="system", content=self.system)]
-            return (*before, Message(role="user", content=text)), None
+            return (*before, Message(role="user", content=text)), []
         turns = _turns(value, self.prompt)
-        last = turns[-1][1] if turns[-1][0] == "assistant" else None
-        prompt = tuple(Message(role=role, content=content) for role, content in (turns if last is None else turns[:-1]))
-        if not prompt:
-            raise ValueError(f"column {self.prompt!r} holds an answer and no prompt")
-        return prompt, last
+        roles = [role for role, _ in turns]
+        first = roles.index("assistant") if roles[-1] == "assistant" else len(turns)
+        if not first:
+            raise ValueError(f"column {self.prompt!r} holds an answer and no prompt before it")
+        for number, role in enumerate(roles[first:]):
+            if (role == "assistant") != (number % 2 == 0):
+                raise ValueError(
+                    f"column {self.prompt!r}: from the assistant's first message on, its messages and others take "
+                    f"turns; got {', '.join(roles)}: join messages that follow one another into one"
+                )
+        return tuple(Message(role=role, content=content) for role, content in turns[:first]), turns[first:]
 
     def _answer(self, value: Any) -> Any:
         if self.answer_mark is None:
