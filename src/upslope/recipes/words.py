@@ -39,7 +39,7 @@ def spell_backward_sft() -> LanguageRun:
         evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
-        steps=100,
+        steps=150,
     )
 
 
