@@ -76,7 +76,8 @@ def test_any_text_survives_both_text_formats(tmp_path, pairs):
 
 def test_without_held_out_data_a_tenth_of_the_prompts_is_held_out(tmp_path):
     rows = [{"prompt": str(i % 40), "answer": str(i)} for i in range(400)]
-    config = Files(training=written(tmp_path, ".jsonl", rows), format=RowFormat(answer="answer"))
+    format = RowFormat(answer="answer")
+    config = Files(training=written(tmp_path, ".jsonl", rows), format=format, rewards=("exact_match",))
     task = config.build(1)
     parts = [[task.training[i] for i in range(len(task.training))], [*map(task.held_out.__getitem__, range(20))]]
     assert len(task.training) + len(task.held_out) == 400
@@ -117,9 +118,31 @@ def test_messages_pairs_and_labels():
     assert (pair.completion, pair.rejected, pair.columns) == ("Hello", "No", {"margin": 2.0})
     labelled = RowFormat(completion="text", label="good")
     for value, label in ((True, True), (0, False), ("false", False), ("1", True), (1.0, True)):
-        assert labelled.example({"prompt": "", "text": "x", "good": value}).columns["label"] is label
+        assert labelled.example({"prompt": "a", "text": "x", "good": value}).columns["label"] is label
     with pytest.raises(ValueError, match="must be true or false"):
-        labelled.example({"prompt": "", "text": "x", "good": 2})
+        labelled.example({"prompt": "a", "text": "x", "good": 2})
+
+
+def test_pairs_of_whole_conversations_part_where_they_differ():
+    format = RowFormat(completion="chosen", rejected="rejected")
+    begin = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    good, bad = ({"role": "assistant", "content": content} for content in ("good", "bad"))
+    pair = format.example({"chosen": [*begin, good], "rejected": [*begin, bad], "margin": 1})
+    assert (pair.prompt, pair.completion, pair.rejected) == (tuple(begin), "good", "bad")
+    assert (pair.columns, pair.turns) == ({"margin": 1}, None)
+    for chosen, rejected, message in (
+        ("H: Hi A: a", "H: Hi A: b", "no column 'prompt', and 'chosen' and 'rejected' are text: .*name its column"),
+        ([good], [bad], "no first message in common"),
+        (
+            [*begin, good],
+            [*begin, bad, begin[1], bad],
+            "'rejected' must go on with one message .* after the 4 messages",
+        ),
+        ([*begin, good], begin, "'chosen' must go on .* got user, assistant"),
+        ([*begin, good], 3, "'rejected' must be text or a list of messages"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            format.example({"chosen": chosen, "rejected": rejected})
 
 
 def test_all_turns_of_the_assistant_are_answers():
@@ -147,6 +170,7 @@ def test_all_turns_of_the_assistant_are_answers():
         (b'{"prompt": "a"}\n\n\xff\xfe\n', "line 3: not UTF-8: byte 0 is ff"),
         (b'{"prompt": "a"}\n[1]\n', "line 2: expected one JSON object per line"),
         (b'{"prompt": "a"}\n{"question": "b"}\n', "line 2: there is no column 'prompt'; there are 'question'"),
+        (b'{"prompt": "a"}\n{"prompt": ""}\n', "line 2: column 'prompt' is empty: .*begin such prompts with"),
         (b'{"prompt": 3}\n', "line 1: column 'prompt' must be text or a list of messages, got 3"),
         (b'{"prompt": [{"role": "user"}]}\n', "line 1: column 'prompt': a message has"),
         (b'{"prompt": "a", "answer": NaN}\n', "line 1: not JSON: NaN is no JSON number"),
@@ -155,7 +179,20 @@ def test_all_turns_of_the_assistant_are_answers():
         (b"", "holds no rows"),
         (b"\n \n", "holds no rows"),
     ],
-    ids=["json", "utf8", "array", "column", "number", "message", "nan", "deep", "surrogate", "empty", "blank"],
+    ids=[
+        "json",
+        "utf8",
+        "array",
+        "column",
+        "no-prompt",
+        "number",
+        "message",
+        "nan",
+        "deep",
+        "surrogate",
+        "empty",
+        "blank",
+    ],
 )
 def test_a_bad_line_is_named(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
@@ -267,8 +304,9 @@ def test_rewards_by_name_place_and_address():
         ({"rewards": ("exact",)}, "there is no reward 'exact': expected exact_match"),
         ({"rewards": (), "correct": "exact_match"}, "correct must name one of the rewards .none., got 'exact_match'"),
         ({"rewards": ("exact_match", "exact_match")}, "two rewards have one name"),
-        ({"weights": (1.0, 2.0)}, "expected 1, got 2"),
-        ({"correct": "brevity"}, "correct must name one of the rewards exact_match, got 'brevity'"),
+        ({"weights": (1.0,)}, "expected 0, got 1"),
+        ({"rewards": ("exact_match",), "weights": (1.0, 2.0)}, "expected 1, got 2"),
+        ({"rewards": ("exact_match",), "correct": "brevity"}, "one of the rewards exact_match, got 'brevity'"),
     ):
         with pytest.raises(ValueError, match=message):
             Files(training=Path("x.jsonl"), **settings_)
@@ -277,7 +315,7 @@ def test_rewards_by_name_place_and_address():
 def test_what_is_only_imitated_needs_no_reward(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{n}=", "completion": str(n)}) + "\n" for n in range(60)))
-    config = Files(training=str(path), format=RowFormat(completion="completion"), rewards=())  # type: ignore[arg-type]
+    config = Files(training=str(path), format=RowFormat(completion="completion"))  # type: ignore[arg-type]
     assert config.training == path
     task = config.build(0)
     assert task.rewards == ()

@@ -41,9 +41,9 @@ class Files:
     """Say so if `held_out` is to be the training data itself."""
     format: RowFormat = field(default_factory=RowFormat)
     """Which columns hold what."""
-    rewards: tuple[str, ...] = ("exact_match",)
+    rewards: tuple[str, ...] = ()
     """exact_match, last_number or math_verify (which read the column `answer`), path/to/file.py:function, or the
-    address of an HTTP endpoint. None at all where data alone is learnt from and judged by: demonstrations, pairs."""
+    address of an HTTP endpoint. None where data alone is learnt from and judged by: demonstrations, pairs."""
     weights: tuple[float, ...] = ()
     """Of the rewards, one each; none for 1 each."""
     correct: str | None = None

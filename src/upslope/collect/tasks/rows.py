@@ -23,7 +23,8 @@ class RowFormat:
     completion: str | None = None
     """Column of the answer to learn from (of a pair: the chosen one): text, or one message of the assistant."""
     rejected: str | None = None
-    """Column of a pair's worse answer."""
+    """Column of a pair's worse answer. Where there is no column of prompts and both answers are whole conversations,
+    the prompt is the messages that they share, and each goes on with one message of the assistant."""
     label: str | None = None
     """Column that tells good answers (true, 1) from bad ones (false, 0), where they do not come in pairs."""
     answer: str | None = None
@@ -57,6 +58,8 @@ class RowFormat:
         Raises:
             ValueError: naming the column that is missing or holds something else.
         """
+        if self.rejected is not None and self.prompt not in row:
+            return self.example({**row, **self._parted(row)})
         prompt, said = self._prompt(_column(row, self.prompt))
         if said and self.completion is not None:
             raise ValueError(
@@ -83,6 +86,11 @@ class RowFormat:
         """The prompt, and what follows it where its messages end with the assistant's: turn by turn."""
         if isinstance(value, str):
             text = self.template.replace(PLACE, value)
+            if not text:
+                raise ValueError(
+                    f"column {self.prompt!r} is empty: the policy needs something to read before it chooses; begin "
+                    "such prompts with a word, a newline or the name of the tokenizer's begin token (<s>, say)"
+                )
             if not self.chat:
                 return text, []
             before = [] if self.system is None else [Message(role="system", content=self.system)]
@@ -99,6 +107,35 @@ class RowFormat:
                     f"turns; got {', '.join(roles)}: join messages that follow one another into one"
                 )
         return tuple(Message(role=role, content=content) for role, content in turns[:first]), turns[first:]
+
+    def _parted(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of prompt and answers, of a pair of conversations with a shared beginning."""
+        assert self.completion is not None
+        assert self.rejected is not None
+        names = (self.completion, self.rejected)
+        pair = [_column(row, name) for name in names]
+        if any(isinstance(value, str) for value in pair):
+            raise ValueError(
+                f"there is no column {self.prompt!r}, and {self.completion!r} and {self.rejected!r} are text: only "
+                "conversations as lists of messages can be split where they part; write the prompt into a column of "
+                "its own, or name its column (format.prompt)"
+            )
+        turns = [_turns(value, name) for name, value in zip(names, pair, strict=True)]
+        shared = 0
+        while shared + 1 < min(map(len, turns)) and turns[0][shared] == turns[1][shared]:
+            shared += 1
+        if not shared:
+            raise ValueError(
+                f"there is no column {self.prompt!r}, and {self.completion!r} and {self.rejected!r} have no first "
+                "message in common: name the prompt's column (format.prompt)"
+            )
+        for name, each in zip(names, turns, strict=True):
+            if len(each) != shared + 1 or each[-1][0] != "assistant":
+                raise ValueError(
+                    f"column {name!r} must go on with one message of the assistant after the {shared} messages that "
+                    f"both answers share, got {', '.join(role for role, _ in each[shared:])}"
+                )
+        return {self.prompt: pair[0][:shared], **{name: each[-1][1] for name, each in zip(names, turns, strict=True)}}
 
     def _answer(self, value: Any) -> Any:
         if self.answer_mark is None:
