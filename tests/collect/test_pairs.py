@@ -163,6 +163,14 @@ def test_rewards_that_always_fail_give_up_at_once():
         draw(one_right, rewards=rewards)
 
 
+def test_errors_call_the_examples_by_their_name():
+    task, rewards = make_task([Example(prompt="")]), InlineRewards(correct=right)
+    config = PairConfig(pairs=1, drawn=1, group=2, limit=4)
+    for name in ("training example", "held-out example"):
+        with pytest.raises(UsageError, match=f"{name} 0 of task .* has an empty prompt"):
+            draw_pairs(task, TOKENIZER, ScriptedEngine(one_right), rewards, config, seed=2, context=32, name=name)
+
+
 def test_how_many_must_be_said():
     with pytest.raises(ValueError, match="set drawn"):
         draw(one_right, drawn=None)

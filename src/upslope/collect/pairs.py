@@ -198,6 +198,7 @@ def draw_pairs(
     *,
     seed: int,
     context: int,
+    name: str = "training example",
 ) -> list[TokenPair]:
     """Pairs of the best and the worst of `config.group` completions of a prompt, where their totals differ.
 
@@ -212,6 +213,7 @@ def draw_pairs(
         config: `drawn` pairs from groups of `group`.
         seed: of the run.
         context: most tokens that the model reads.
+        name: what the examples are called in errors.
 
     Raises:
         ValueError: if `config.drawn` is None.
@@ -239,7 +241,7 @@ def draw_pairs(
         first = order.cursor
         indices = order.take(min(config.pairs, MOST_PROMPTS_PER_PAIR * config.drawn - first))
         keys = [(first + number,) for number in range(len(indices))]
-        drawn = source.draw(task.training, indices, keys, "training example")
+        drawn = source.draw(task.training, indices, keys, name)
         for group in drawn.groups:
             unscored += [sample for sample in group if sample.total is None]
             pairs += _pair([sample for sample in group if sample.total is not None])
