@@ -4,9 +4,16 @@ from upslope import estimators as estimators
 from upslope import exact as exact
 from upslope import recipes as recipes
 from upslope.algorithms import A2C as A2C
+from upslope.algorithms import GRPO as GRPO
+from upslope.algorithms import KTO as KTO
 from upslope.algorithms import PPO as PPO
+from upslope.algorithms import RLOO as RLOO
+from upslope.algorithms import SFT as SFT
 from upslope.algorithms import OneStepActorCritic as OneStepActorCritic
+from upslope.algorithms import Preference as Preference
+from upslope.algorithms import ReferenceKL as ReferenceKL
 from upslope.algorithms import Reinforce as Reinforce
+from upslope.algorithms import RewardModel as RewardModel
 from upslope.auditing import AuditReport as AuditReport
 from upslope.auditing import audit as audit
 from upslope.auditing import audit_loss as audit_loss

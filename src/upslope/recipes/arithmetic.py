@@ -39,6 +39,7 @@ def arithmetic_sft() -> LanguageRun:
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
         steps=750,
+        threads=1,
     )
 
 
@@ -55,6 +56,7 @@ def _learning(name: str) -> LanguageRun:
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
         steps=150,
+        threads=1,
     )
 
 
@@ -116,6 +118,7 @@ def arithmetic_ppo() -> LanguageRun:
         algorithm=PPO(gamma=1.0, gae_lambda=1.0, epochs=1, minibatches=2),
         optimizer=replace(run.optimizer, learning_rate=4e-4),
         steps=120,
+        threads=1,
     )
 
 
@@ -136,4 +139,5 @@ def arithmetic_dpo() -> LanguageRun:
         evaluation=LanguageEvaluationConfig(times=5, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
         log=LanguageLogConfig(every_steps=1, diagnose_every=0),
         steps=160,
+        threads=1,
     )

@@ -32,6 +32,7 @@ def calculator_sft() -> LanguageRun:
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
         steps=500,
+        threads=1,
     )
 
 
@@ -48,4 +49,5 @@ def calculator_grpo() -> LanguageRun:
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
         steps=100,
+        threads=1,
     )

@@ -35,6 +35,7 @@ def countdown_sft() -> LanguageRun:
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
         steps=250,
+        threads=1,
     )
 
 
@@ -51,4 +52,5 @@ def countdown_grpo() -> LanguageRun:
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
         steps=240,
+        threads=1,
     )

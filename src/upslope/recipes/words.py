@@ -40,6 +40,7 @@ def spell_backward_sft() -> LanguageRun:
         log=LanguageLogConfig(every_steps=10, diagnose_every=0),
         checkpoint=CheckpointConfig(times=3),
         steps=150,
+        threads=1,
     )
 
 
@@ -56,4 +57,5 @@ def spell_backward_grpo() -> LanguageRun:
         log=LanguageLogConfig(every_steps=1, diagnose_every=5),
         checkpoint=CheckpointConfig(times=5),
         steps=100,
+        threads=1,
     )

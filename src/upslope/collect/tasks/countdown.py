@@ -38,7 +38,7 @@ class Countdown:
     """Targets are whole numbers from 1 up to this."""
     near_miss: float = 0.1
     """Reward for an expression of exactly the given numbers with another value; the right one has 1."""
-    held_out: int = 1024
+    held_out: int = 512
     """Problems to judge by, none of which is trained on; the same for every seed."""
 
     def __post_init__(self) -> None:
