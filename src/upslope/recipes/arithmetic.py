@@ -118,7 +118,6 @@ def arithmetic_ppo() -> LanguageRun:
         algorithm=PPO(gamma=1.0, gae_lambda=1.0, epochs=1, minibatches=2),
         optimizer=replace(run.optimizer, learning_rate=4e-4),
         steps=120,
-        threads=1,
     )
 
 
