@@ -93,6 +93,8 @@ def faulty(completions):
         _fault(text)
     if "count" in completions:
         return [1.0] * (len(completions) + 1)
+    if "one" in completions:
+        return [1.0]
     if "single" in completions:
         return 1.0
     if "endless" in completions:

@@ -72,8 +72,9 @@ def server():
         thread.join()
 
 
-def reward(server, path, seconds=30.0):
-    return HttpReward(address=f"http://127.0.0.1:{server.server_port}{path}", seconds=seconds, pause=0.001)
+def reward(server, path, seconds=30.0, outage=30.0):
+    address = f"http://127.0.0.1:{server.server_port}{path}"
+    return HttpReward(address=address, seconds=seconds, outage=outage, pause=0.001)
 
 
 def test_an_endpoint_gets_prompts_completions_and_columns_and_gives_scores(server):
@@ -94,7 +95,6 @@ def test_a_busy_server_is_asked_again(server):
     ("path", "attempts", "error", "text"),
     [
         ("/500", 4, CallError, "answered 500 Internal Server Error in 4 attempts"),
-        ("/429", 4, CallError, "answered 429"),
         ("/501", 1, IndivisibleError, "answered 501"),
         ("/400", 1, CallError, 'answered 400 Bad Request in one attempt: {"detail": "no"}'),
         ("/404", 1, IndivisibleError, "answered 404"),
@@ -119,8 +119,39 @@ def test_a_server_that_does_not_answer_or_cannot_be_reached(server):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{nobody.getsockname()[1]}/"
-        with pytest.raises(IndivisibleError, match="cannot be reached in 4 attempts: ConnectionRefusedError"):
-            HttpReward(address=address, seconds=30.0, pause=0.001)(["p"], ["a"])
+        with pytest.raises(IndivisibleError, match=r"cannot be reached in \d+ attempts: ConnectionRefusedError"):
+            HttpReward(address=address, seconds=30.0, outage=0.1, pause=0.001)(["p"], ["a"])
+
+
+@pytest.mark.parametrize("path", ["/429", "/503"])
+def test_an_overloaded_server_is_asked_for_as_long_as_an_outage_may_last(server, path):
+    with pytest.raises(IndivisibleError, match=f"answered {path[1:]} .* in one attempt"):
+        reward(server, path, outage=0.0)(["p"], ["a"])
+    with pytest.raises(IndivisibleError, match=r"in \d+ attempts"):
+        reward(server, path, outage=0.2)(["p"], ["a"])
+    assert server.asked[path] > 5
+
+
+def test_an_endpoint_that_is_back_after_its_deadline_has_scored(server):
+    """The worker lives for deadline and outage together."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    later = threading.Event()
+
+    def serve():
+        later.wait(1.5)
+        with ThreadingHTTPServer(("127.0.0.1", port), _Handler) as running:
+            running.asked = Counter()
+            running.timeout = 20.0
+            running.handle_request()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    rewards = [Reward(name="http", function=f"http://127.0.0.1:{port}/length")]
+    with RewardPool(rewards, workers=1, deadline=0.5, outage=20.0) as pool:
+        assert pool.score(["p"], ["abc"], [{}]).total == (3.0,)
+    thread.join()
 
 
 def test_failures_are_outcomes_and_only_the_culprit_fails(server):

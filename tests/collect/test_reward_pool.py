@@ -86,10 +86,7 @@ def test_where_nothing_applies_there_is_no_total_and_an_empty_batch_is_scored():
         ("vanish", "exited with status 5"),
         ("crash", "killed by signal 11 .SIGSEGV.; native code crashed"),
         ("memory", "MemoryError"),
-        ("count", "returned more scores for 1 completions"),
         ("single", "returned a float instead of a list of 1 scores"),
-        ("endless", "returned more scores"),
-        ("huge", "returned more scores"),
         ("nan", "returned nan"),
         ("inf", "returned -inf"),
         ("text", "returned a str instead of a number"),
@@ -104,6 +101,14 @@ def test_only_the_culprit_fails_and_it_is_no_number(fault, reason):
     assert len(failed.reason) < 800
     assert scores.total == (2.0, 2.0, None, 2.0)
     assert scores.parts["length"][2] == len(fault)
+
+
+@pytest.mark.parametrize("inline_too", [False, True])
+def test_another_number_of_scores_fails_for_the_whole_call_and_is_not_tried_again(inline_too):
+    for fault, found in (("count", "more"), ("endless", "more"), ("huge", "more"), ("one", "1")):
+        part = inline("faulty") if inline_too else in_file("faulty")
+        scores = score([part], ["a", fault, "c"], workers=1)
+        assert scores.parts["faulty"] == (Failed(f"it returned {found} scores for 3 completions"),) * 3
 
 
 def test_a_call_that_hangs_is_killed_and_the_next_one_finds_a_fresh_worker():

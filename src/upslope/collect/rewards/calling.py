@@ -17,6 +17,8 @@ from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Outcome, Re
 
 LONGEST_REASON = 500
 _NOT_SCORES = (str, bytes, Mapping)
+_INDEXED = ("string indices must be integers", "string index out of range")
+_TEXTS = "; completions and prompts are texts here, of messages too: take completion, not completion[0]['content']"
 
 
 class CallError(Exception):
@@ -118,7 +120,10 @@ def call(
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise CallError(f"it raised {describe(error)}") from error
+        reason = f"it raised {describe(error)}"
+        if any(part in reason for part in _INDEXED):
+            reason = f"{shorten(reason, LONGEST_REASON - len(_TEXTS))}{_TEXTS}"
+        raise CallError(reason) from error
 
 
 def _finish(awaitable: Any, runner: asyncio.Runner | None) -> Any:
@@ -135,7 +140,8 @@ def judge(returned: Any, count: int, *, texts: bool) -> list[Any]:
     """What was returned as one outcome per completion, or one reply.
 
     Raises:
-        CallError: if it is not a sequence, or has another length.
+        CallError: if it is not a sequence; or, indivisible, if it has another length: a function that always returns
+            one score, say, would seem to be right where it is asked about a single completion.
     """
     wanted = "replies" if texts else "scores"
     if isinstance(returned, _NOT_SCORES) or not isinstance(returned, Iterable):
@@ -143,7 +149,7 @@ def judge(returned: Any, count: int, *, texts: bool) -> list[Any]:
     answers = list(islice(returned, count + 1))
     if len(answers) != count:
         found = "more" if len(answers) > count else str(len(answers))
-        raise CallError(f"it returned {found} {wanted} for {count} completions")
+        raise CallError(f"it returned {found} {wanted} for {count} completions", divisible=False)
     return [judge_reply(answer) if texts else judge_score(answer) for answer in answers]
 
 

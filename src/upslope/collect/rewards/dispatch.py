@@ -10,6 +10,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from upslope.collect.rewards.calling import Accepted
+from upslope.collect.rewards.http import is_address
 from upslope.collect.rewards.processes import Worker, WorkerGoneError
 from upslope.collect.rewards.protocol import NOT_APPLICABLE, Failed, Outcome, Reply
 from upslope.collect.rewards.splitting import divide, given_up
@@ -65,6 +66,7 @@ class Dispatcher:
         count: most workers.
         deadline: seconds that a call may take.
         load_deadline: seconds that starting a worker and loading a function may take.
+        outage: seconds more for a call of an address, for which one that does not serve is asked again.
         main_module: how workers find the main module; empty if they need not.
         replying: the name of the function that returns replies instead of scores; None for none.
         workers: those that live.
@@ -74,6 +76,7 @@ class Dispatcher:
     count: int
     deadline: float
     load_deadline: float
+    outage: float
     main_module: Mapping[str, str]
     replying: str | None
     workers: list[Worker] = field(default_factory=list[Worker])
@@ -125,7 +128,7 @@ class Dispatcher:
                 continue
             worker = self._worker_for(job.name)
             loaded, now = job.name in worker.loaded, time.monotonic()
-            limit = now + (self.deadline if loaded else self.load_deadline)
+            limit = now + (self._deadline_of(job.name) if loaded else self.load_deadline)
             self._busy[worker] = _Running(job, not loaded, now, limit)
             if loaded:
                 self._call(worker, job, batch)
@@ -146,6 +149,7 @@ class Dispatcher:
         function, seconds = self.functions[job.name], OF_THE_DEADLINE * self.deadline
         try:
             message = {"kind": "load", "name": job.name, "function": function, "seconds": seconds}
+            message["outage"] = self.outage
             worker.send(message, patience=self.load_deadline)
         except WorkerGoneError as error:
             self._lose(worker)
@@ -194,7 +198,9 @@ class Dispatcher:
         if running.loading:
             self._fail_load(running.job, f"it was not there within {self.load_deadline:g} s")
         else:
-            self._fail(running.job, f"it did not return within {self.deadline:g} s and was killed")
+            self._fail(
+                running.job, f"it did not return within {self._deadline_of(running.job.name):g} s and was killed"
+            )
 
     def _receive(self, worker: Worker, batch: Batch) -> None:
         running = self._busy[worker]
@@ -234,7 +240,7 @@ class Dispatcher:
         worker.loaded.add(name)
         self._call(worker, running.job, batch)
         if worker in self._busy:
-            running.loading, running.limit = False, now + self.deadline
+            running.loading, running.limit = False, now + self._deadline_of(name)
 
     def _release(self, worker: Worker) -> None:
         running = self._busy.pop(worker)
@@ -245,6 +251,10 @@ class Dispatcher:
         worker.kill()
         self.workers.remove(worker)
         self._release(worker)
+
+    def _deadline_of(self, name: str) -> float:
+        function = self.functions[name]
+        return self.deadline + (self.outage if isinstance(function, str) and is_address(function) else 0.0)
 
     def _budget(self, name: str) -> float:
         return RETRIES * (self.deadline + self._known[name].seconds)

@@ -15,8 +15,16 @@ from upslope.errors import UsageError
 
 ATTEMPTS: Final = 4
 LARGEST_ANSWER: Final = 64 * 2**20
-_OVERLOADED: Final = 429
-_FOR_NO_BATCH: Final = frozenset({401, 403, 404, 405, 407, 410, 501})
+OUTAGE: Final = 30.0
+"""Seconds for which an endpoint that does not serve is asked again: long enough for it to be started anew."""
+LONGEST_PAUSE: Final = 5.0
+_NOT_SERVING: Final = frozenset({429, 502, 503})
+_FOR_NO_BATCH: Final = _NOT_SERVING | frozenset({401, 403, 404, 405, 407, 410, 501})
+
+
+def is_address(given: str) -> bool:
+    """Whether this is an endpoint's address, not a place in a file."""
+    return given.startswith(("http://", "https://"))
 
 
 def check_address(address: str) -> None:
@@ -40,17 +48,20 @@ def check_address(address: str) -> None:
 class HttpReward:
     """POSTs `{"prompts": [...], "completions": [...], "columns": {name: [...]}}`, gets `{"scores": [1.0, null, ...]}`.
 
-    null is "not applicable". What is no connection, an answer 429 or 5xx is asked again, up to four times with
-    growing pauses; redirections are not followed and proxies not used. No column may hold what JSON cannot.
+    null is "not applicable". Where there is no connection, or the answer is 429, 502 or 503, it is asked again for
+    `outage` seconds; a connection that breaks off and any other answer 5xx, up to four times; with growing pauses.
+    Redirections are not followed and proxies not used. No column may hold what JSON cannot.
 
     Attributes:
         address: http or https.
-        seconds: for all attempts together.
-        pause: seconds before the second attempt; twice that before each further one.
+        seconds: for an attempt; all that are not due to an outage have so long together.
+        outage: seconds for which an endpoint that does not serve is asked again.
+        pause: seconds before the second attempt; twice that before each further one, up to `LONGEST_PAUSE`.
     """
 
     address: str
     seconds: float
+    outage: float
     pause: float = 0.25
 
     def __call__(
@@ -66,28 +77,33 @@ class HttpReward:
             body = json.dumps({"prompts": prompts, "completions": completions, "columns": columns}).encode()
         except (TypeError, ValueError) as error:
             raise IndivisibleError(f"a column cannot be written as JSON: {describe(error)}") from error
-        end = time.monotonic() + self.seconds
-        for attempt in range(1, ATTEMPTS + 1):
-            pause = self.pause * 2 ** (attempt - 1)
-            last = attempt == ATTEMPTS or time.monotonic() + pause >= end
-            answer = self._ask(body, end, last=last, attempt=attempt)
+        begun = time.monotonic()
+        attempt, pause = 1, self.pause
+        while True:
+            waited = time.monotonic() + pause - begun
+            answer = self._ask(
+                body,
+                attempt=attempt,
+                again=attempt < ATTEMPTS and waited < self.seconds,
+                wait=waited < self.outage,
+            )
             if answer is not None:
                 return _scores(answer, self.address)
             time.sleep(pause)
-        raise AssertionError("the last attempt answers or raises")
+            attempt, pause = attempt + 1, min(2.0 * pause, LONGEST_PAUSE)
 
-    def _ask(self, body: bytes, end: float, *, last: bool, attempt: int) -> bytes | None:
-        """The answer; None if it is worth another attempt."""
+    def _ask(self, body: bytes, *, attempt: int, again: bool, wait: bool) -> bytes | None:
+        """The answer; None if it is worth another attempt: `again` after a failure, `wait` while nobody serves."""
         parts = urlsplit(self.address)
         assert parts.hostname is not None
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port, timeout=max(0.01, end - time.monotonic()))
+        connection = kind(parts.hostname, parts.port, timeout=self.seconds)
         attempts = f"in {attempt} attempts" if attempt > 1 else "in one attempt"
         try:
             try:
                 connection.connect()
             except OSError as error:
-                if not last:
+                if wait:
                     return None
                 raise IndivisibleError(f"{self.address} cannot be reached {attempts}: {describe(error)}") from error
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -97,14 +113,17 @@ class HttpReward:
         except TimeoutError as error:
             raise CallError(f"{self.address} did not answer within {self.seconds:g} s") from error
         except (OSError, http.client.HTTPException) as error:
-            if not last:
+            if again:
                 return None
             raise CallError(f"{self.address} broke off {attempts}: {describe(error)}") from error
         finally:
             connection.close()
         if response.status == http.client.OK:
             return answer
-        if not last and (response.status == _OVERLOADED or response.status >= 500) and response.status != 501:
+        if response.status in _NOT_SERVING:
+            if wait:
+                return None
+        elif again and response.status >= 500 and response.status != 501:
             return None
         raise _refusal(self.address, response, answer, attempts)
 

@@ -16,7 +16,7 @@ from typing import Any
 from upslope.collect.dialogue import Dialogue
 from upslope.collect.rewards.calling import Accepted, call
 from upslope.collect.rewards.dispatch import Batch, Dispatcher, check_columns
-from upslope.collect.rewards.http import check_address
+from upslope.collect.rewards.http import OUTAGE, check_address
 from upslope.collect.rewards.processes import PATIENCE, end_workers, main_module_of, refuse_in_worker
 from upslope.collect.rewards.protocol import Columns, Failed, NotApplicable, Outcome, Reply, Reward, Scores
 from upslope.collect.rewards.splitting import score_in_parts
@@ -43,10 +43,14 @@ class RewardPool:
     function that wants lists of messages must read the text instead. It returns one number or None ("not applicable")
     per completion, or is an `async def` that does.
 
-    It should judge each completion by itself: a batch is split among the workers, and a call that raises, hangs, dies
-    or returns another number of scores is tried again in up to eight parts, down to single completions, so that only
-    those fail on which it does (`upslope.collect.rewards.splitting`). For that each function has the time of ten calls
-    of the longest kind per batch (`upslope.collect.rewards.dispatch.RETRIES`); what is left then fails with its part.
+    It should judge each completion by itself: a batch is split among the workers, and a call that raises, hangs or
+    dies is tried again in up to eight parts, down to single completions, so that only those fail on which it does
+    (`upslope.collect.rewards.splitting`). For that each function has the time of ten calls of the longest kind per
+    batch (`upslope.collect.rewards.dispatch.RETRIES`); what is left then fails with its part. A call that returns
+    another number of scores fails for all its completions: which score belongs to which is not known, and where one
+    completion is asked about alone the number may be right by chance. An address that cannot be reached, or is
+    overloaded, is asked again for `outage` seconds.
+
     Before each call in a worker Python's `random` is seeded from the completions, and strings hash alike in all
     workers. A file should import at its top what it needs: that counts as loading, which has a deadline of its own.
     What functions print goes to standard error. Inline functions run here, without a deadline.
@@ -56,6 +60,7 @@ class RewardPool:
         workers: how many processes at most; they start with the first call and are used again.
         deadline: seconds that one call may take; a worker that takes longer is killed.
         load_deadline: seconds that starting a worker and importing a function may take.
+        outage: seconds for which an address that does not serve is asked again, beside the deadline.
         dialogue: what answers the policy's turns, called in the same way; None where nothing does.
 
     Raises:
@@ -69,6 +74,7 @@ class RewardPool:
         workers: int,
         deadline: float,
         load_deadline: float = LOAD_DEADLINE,
+        outage: float = OUTAGE,
         dialogue: Dialogue | None = None,
     ) -> None:
         refuse_in_worker()
@@ -77,6 +83,8 @@ class RewardPool:
         for name, seconds in (("deadline", deadline), ("load_deadline", load_deadline)):
             if not 0 < seconds < math.inf:
                 raise UsageError(f"{name} must be a positive number of seconds, got {seconds}")
+        if not 0 <= outage < math.inf:
+            raise UsageError(f"outage must be a number of seconds of at least 0, got {outage}")
         self.rewards = tuple(rewards)
         check_rewards(self.rewards)
         given: dict[str, tuple[str, Callable[..., Any] | str, bool]] = {
@@ -94,6 +102,7 @@ class RewardPool:
             count=workers,
             deadline=deadline,
             load_deadline=load_deadline,
+            outage=outage,
             main_module=main_module_of([data for _, data in packed.values()]),
             replying=REPLYING if REPLYING in packed else None,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -64,3 +64,12 @@ class Scores:
 
 
 Columns: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+def are_shares(outcomes: Iterable[Outcome]) -> bool:
+    """Whether all scores among them lie in [0, 1], so that their mean can be called an accuracy.
+
+    >>> are_shares([0.0, 1.0, NOT_APPLICABLE]), are_shares([1.0, -1.0])
+    (True, False)
+    """
+    return all(0.0 <= outcome <= 1.0 for outcome in outcomes if isinstance(outcome, int | float))

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from upslope.collect.rewards import processes
 from upslope.collect.rewards.calling import Accepted, CallError, call, describe, seed_from
 from upslope.collect.rewards.functions import warm_up
-from upslope.collect.rewards.http import HttpReward
+from upslope.collect.rewards.http import HttpReward, is_address
 from upslope.collect.rewards.protocol import Failed, NotApplicable, Outcome, Reply
 from upslope.user_code import function_from_file
 
@@ -73,7 +73,7 @@ def _answer(
 
 def _load(message: Mapping[str, Any], functions: _Functions) -> dict[str, Any]:
     try:
-        function = _find(message["function"], message["seconds"])
+        function = _find(message["function"], message["seconds"], message["outage"])
         accepted = Accepted.of(function)
         warm_up(function)
     except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a user's file raises)
@@ -83,11 +83,11 @@ def _load(message: Mapping[str, Any], functions: _Functions) -> dict[str, Any]:
     return {"kind": "loaded", "names": names, "required": sorted(accepted.required)}
 
 
-def _find(given: Any, seconds: float) -> Callable[..., Any]:
+def _find(given: Any, seconds: float, outage: float) -> Callable[..., Any]:
     if not isinstance(given, str):
         return given
-    if given.startswith(("http://", "https://")):
-        return HttpReward(address=given, seconds=seconds)
+    if is_address(given):
+        return HttpReward(address=given, seconds=seconds, outage=outage)
     folder = str(Path(given.rpartition(":")[0]).parent)
     if folder not in sys.path:
         sys.path.append(folder)  # what stands beside the file can be imported, as if the file were run

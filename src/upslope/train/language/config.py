@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from upslope.algorithms import GRPO, KTO, PPO, RLOO, SFT, Preference, Reinforce, RewardModel
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
+from upslope.collect.rewards.http import OUTAGE
 from upslope.collect.tasks.arithmetic import Addition, ThinkOrBlurt
 from upslope.collect.tasks.calculator import Calculator
 from upslope.collect.tasks.countdown import Countdown
@@ -68,10 +69,16 @@ class RewardConfig:
     deadline: float = 10.0
     """Seconds a call may take; one that takes longer is ended, and its completions have failed."""
 
+    outage: float = OUTAGE
+    """Seconds beside the deadline for which an HTTP endpoint that cannot be reached, or is overloaded, is asked again;
+    an update in which all rewards fail ends the run, which can be resumed."""
+
     def __post_init__(self) -> None:
         """Refuse numbers that have no meaning."""
         at_least(1, workers=self.workers)
         check_numbers(self)
+        if not self.outage >= 0.0:
+            raise ValueError(f"outage is a number of seconds of at least 0, got {self.outage}")
         if not self.deadline > 0.0:
             raise ValueError(f"deadline is a number of seconds above 0, got {self.deadline}")
 
@@ -83,6 +90,9 @@ class LanguageEvaluationConfig:
     times: int = 10
     """How often during the run, evenly spread, after once before the first update and beside once at the end; 0 for
     never."""
+    updates_between: int = 20
+    """Fewest updates between two during the run, so that a short trial run is not mostly judged: one of 50 updates is
+    judged at most twice on its way, however large `times` is."""
     prompts: int = 256
     """Held-out prompts, the first ones; all if there are fewer. Pairs or demonstrations, where these are judged."""
     samples: int = 4
@@ -97,7 +107,7 @@ class LanguageEvaluationConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that have no meaning."""
         at_least(0, times=self.times, shown=self.shown)
-        at_least(1, prompts=self.prompts, samples=self.samples, limit=self.limit)
+        at_least(1, updates_between=self.updates_between, prompts=self.prompts, samples=self.samples, limit=self.limit)
         if any(not 1 <= k <= self.samples for k in self.pass_at):
             raise ValueError(
                 f"pass@k is estimated from the {self.samples} samples of a prompt: each k of pass_at lies between 1 "

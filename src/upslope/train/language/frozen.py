@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from upslope.collect.experience import CompletionConfig, PairConfig
@@ -69,7 +71,7 @@ def freeze_new(run: LanguageRun, task: Task, start: Path | None) -> Frozen:
         start: the folder `run.start_from` stands for, or None.
 
     Raises:
-        UsageError: if model, tokenizer, task or reference do not go together.
+        UsageError: if model, tokenizer, task or reference do not go together, or there is no such device.
     """
     from upslope.policies.language.tokenizer import character_tokenizer
 
@@ -84,9 +86,14 @@ def freeze_new(run: LanguageRun, task: Task, start: Path | None) -> Frozen:
         tokenizer = character_tokenizer(task.alphabet)
     policy = _policy(run, source, tokenizer)
     reference = _reference(run, policy, run.reference)
-    rewards = reward_pool(run, task)
-    pairs = _draw(run, task, policy, rewards)
-    return _frozen(task, policy, reference, rewards, pairs)
+    with ExitStack() as unless_done:
+        rewards = reward_pool(run, task)
+        if rewards is not None:
+            unless_done.callback(rewards.close)
+        pairs = _draw(run, task, policy, rewards)
+        frozen = _frozen(task, policy, reference, rewards, pairs)
+        unless_done.pop_all()
+    return frozen
 
 
 def keep(frozen: Frozen, run: LanguageRun, directory: RunDirectory) -> None:
@@ -118,9 +125,9 @@ def freeze_again(run: LanguageRun, task: Task, directory: RunDirectory, recorded
     place = run.reference if run.reference in (None, START) else str(directory.reference)
     reference = _reference(run, policy, place)
     pairs = {name: read_pairs(directory.pairs(name), policy.tokenizer) for name in _drawn(run)}
-    frozen = _frozen(task, policy, reference, reward_pool(run, task), pairs)
+    frozen = _frozen(task, policy, reference, None, pairs)
     check_hashes(frozen.hashes, recorded)
-    return frozen
+    return replace(frozen, rewards=reward_pool(run, task))
 
 
 def check_hashes(found: dict[str, str], recorded: dict[str, str]) -> None:
@@ -150,7 +157,13 @@ def reward_pool(run: LanguageRun, task: Task) -> RewardPool | None:
     if all(reward.weight == 0.0 for reward in task.rewards):
         raise UsageError(f"all rewards of task {task.name!r} have weight 0: nothing would be learnt; weigh one of them")
     settings = run.rewards
-    return RewardPool(task.rewards, workers=settings.workers, deadline=settings.deadline, dialogue=task.dialogue)
+    return RewardPool(
+        task.rewards,
+        workers=settings.workers,
+        deadline=settings.deadline,
+        outage=settings.outage,
+        dialogue=task.dialogue,
+    )
 
 
 def sampling_of(run: LanguageRun) -> Sampling:
@@ -166,6 +179,11 @@ def evaluation_seed(run: LanguageRun) -> int:
 def _policy(run: LanguageRun, source: str | None, tokenizer: Tokenizer | None) -> LanguagePolicy:
     from upslope.policies.language.model import build_policy
 
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "the device is cuda, and PyTorch finds no CUDA device here: set device to cpu, or install a PyTorch with "
+            "CUDA and its driver"
+        )
     config = replace(run.model, source=source)
     return build_policy(config, tokenizer=tokenizer, seed=run.seed, sampling=sampling_of(run), device=run.device)
 
@@ -220,6 +238,7 @@ def _draw(
             experience if training else replace(experience, drawn=run.evaluation.prompts),
             seed=run.seed,
             context=policy.context,
+            name="training example" if training else "held-out example",
         )
     return found
 

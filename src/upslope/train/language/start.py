@@ -46,6 +46,8 @@ def train_language(run: LanguageRun, given: LanguageGiven, callbacks: Sequence[C
         with checking_usage():
             run, task = _task(run, given.task)
             frozen = freeze_new(run, task, _start(run, given.start))
+            if frozen.rewards is not None:
+                used.callback(frozen.rewards.close)
             session = used.enter_context(closing(LanguageSession(run, frozen)))
             LanguageEvaluator(run, frozen, None)
             directory = used.enter_context(new_directory(run))
@@ -77,6 +79,8 @@ def resume_language(
             used.enter_context(threads(run.threads))
             recorded = recorded_frozen(directory.path)
             frozen = freeze_again(run, task, directory, recorded)
+            if frozen.rewards is not None:
+                used.callback(frozen.rewards.close)
             session = used.enter_context(closing(LanguageSession(run, frozen)))
             evaluator = LanguageEvaluator(run, frozen, SamplesFile(directory.samples_path))
             training = Training(session, directory, evaluator, callbacks, resumed=True)
