@@ -12,6 +12,7 @@ import torch
 
 from upslope.collect.engines.protocol import Completion, Request
 from upslope.collect.engines.torch import TorchEngine
+from upslope.collect.errors import NonFiniteError
 from upslope.errors import UsageError
 from upslope.policies.language.config import LanguageModelConfig, LoraConfig, ModelShape
 from upslope.policies.language.model import build_policy
@@ -351,7 +352,7 @@ def test_diverged_weights_are_told() -> None:
     policy = policy_of()
     with torch.no_grad():
         next(policy.parameters()).fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="logits are NaN"):
+    with pytest.raises(NonFiniteError, match="logits are NaN"):
         TorchEngine(policy, seed=0).generate(requests_of([3]), sampling=Sampling(), limit=4)
 
 

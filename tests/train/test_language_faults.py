@@ -24,6 +24,7 @@ from tiny_language import COMPLETIONS, MODEL, language_cases, language_remains, 
 import upslope.collect.engines.torch as engine_module
 from upslope.algorithms import GRPO, RLOO, SFT, ReferenceKL, Reinforce
 from upslope.collect.dialogue import Dialogue
+from upslope.collect.errors import NonFiniteError
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig
 from upslope.collect.rewards.protocol import Reward
 from upslope.collect.tasks.files import Files
@@ -31,9 +32,13 @@ from upslope.collect.tasks.protocol import Example, Message, Task
 from upslope.errors import UsageError
 from upslope.policies.language.config import LanguageModelConfig
 from upslope.policies.language.tokenizer import train_tokenizer
-from upslope.train import OptimizerConfig, resume, train
+from upslope.train import CheckpointConfig, OptimizerConfig, resume, train
+from upslope.train.checkpoint import latest_checkpoint
 from upslope.train.language import LanguageEvaluationConfig, LanguageRun, RewardConfig
+from upslope.train.language import session as session_module
 from upslope.train.log import read_metrics
+from upslope.train.loop import Snapshot
+from upslope.train.optimizer import NonFiniteGradientError
 
 NEVER = LanguageEvaluationConfig(times=0, prompts=4, samples=3, pass_at=(1,), limit=6)
 
@@ -301,3 +306,46 @@ def test_a_chat_template_that_drops_turns(template: str, said: str | None, dialo
         return
     with pytest.raises(UsageError, match=said):
         train(run, task=task)
+
+
+# Divergence
+
+
+def resumable(run: Path) -> None:
+    """Whether all that is saved is finite."""
+    found = latest_checkpoint(run / "checkpoints", on_damaged=lambda place, error: pytest.fail(f"{place}: {error}"))
+    assert found is not None
+    assert all(bool(torch.isfinite(value).all()) for value in found.state["session"]["trainable"].values())
+
+
+def test_weights_that_diverged_end_the_run_in_words_and_leave_the_last_good_checkpoint(tmp_path: Path) -> None:
+    def spoil(snapshot: Snapshot[Any, Any]) -> None:
+        if snapshot.update == 5:
+            with torch.no_grad():
+                for parameter in snapshot.policy.parameters():
+                    parameter.fill_(torch.nan)
+
+    run = tiny(tmp_path, steps=8, checkpoint=CheckpointConfig(times=8, keep=3))
+    with pytest.raises(NonFiniteError, match="its weights have diverged") as caught:
+        train(run, task=some_task(), callbacks=[spoil])
+    assert any("could not be saved: the model's weights are NaN" in note for note in caught.value.__notes__)
+    resumable(tmp_path / "run")
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["update"] == 5
+
+
+def test_gradients_that_are_not_finite_end_the_run_with_everything_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = session_module.LanguageSession.advance
+
+    def spoiled(session: Any) -> Any:
+        if session.update == 3:
+            raise NonFiniteGradientError("the gradient was not finite")
+        return advance(session)
+
+    monkeypatch.setattr(session_module.LanguageSession, "advance", spoiled)
+    with pytest.raises(NonFiniteGradientError) as caught:
+        train(tiny(tmp_path, steps=8, checkpoint=CheckpointConfig(times=0)), task=some_task())
+    assert any("Everything learnt is saved" in note for note in caught.value.__notes__)
+    resumable(tmp_path / "run")
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["update"] == 3

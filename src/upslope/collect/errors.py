@@ -20,7 +20,7 @@ class EndlessEpisodeError(EnvironmentFailureError):
 
 
 class NonFiniteError(ValueError):
-    """An observation, action or reward is NaN or infinite."""
+    """An observation, action, reward or log-prob is NaN or infinite."""
 
 
 class UnsupportedAutoresetError(ValueError):

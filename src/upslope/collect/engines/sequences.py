@@ -9,6 +9,7 @@ from typing import final
 import numpy as np
 
 from upslope.collect.engines.protocol import Completion, Request
+from upslope.collect.errors import NonFiniteError
 
 
 @final
@@ -60,12 +61,13 @@ class Ending:
         """Append a token; whether the completion is over.
 
         Raises:
-            FloatingPointError: the log-prob is NaN.
+            NonFiniteError: the log-prob is NaN.
         """
         if math.isnan(log_prob):
-            raise FloatingPointError(
+            raise NonFiniteError(
                 "the model's logits are NaN or infinite, so nothing can be drawn from them: its weights have diverged. "
-                "Resume from an earlier checkpoint with a lower learning rate or a smaller gradient norm limit"
+                "Start a new run from the last good policy (start_from) with a lower learning rate or a smaller limit "
+                "of the gradient's norm"
             )
         drawn.tokens.append(token)
         drawn.log_prob.append(log_prob)

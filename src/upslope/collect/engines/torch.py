@@ -76,6 +76,10 @@ class TorchEngine:
         self._version = version
         self._prepared = self._prepare()
 
+    def release(self) -> None:
+        """Give back the memory of the copy; the next generation makes one of the weights as they stand by then."""
+        self._prepared = None
+
     def generate(
         self, requests: Sequence[Request], *, sampling: Sampling, limit: int, stop: tuple[str, ...] = ()
     ) -> list[Completion]:
@@ -90,7 +94,7 @@ class TorchEngine:
         Raises:
             UsageError: if a prompt and its completion do not fit the model's context, a prompt is empty or has unknown
                 tokens, the limit is below 1, or a stop string is empty.
-            FloatingPointError: if the model's logits are NaN.
+            NonFiniteError: if the model's logits are NaN.
         """
         self._check(requests, limit, stop)
         if not requests:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from upslope.algorithms import KTO
@@ -25,7 +26,8 @@ from upslope.train.language.completions_file import CompletionsFile
 from upslope.train.language.config import LanguageRun
 from upslope.train.language.frozen import PAIRS, Frozen, check_hashes, engine_of, on_device
 from upslope.train.language.shown import figures_of
-from upslope.train.optimizer import FlatOptimizer
+from upslope.train.manifest import CheckpointError
+from upslope.train.optimizer import FlatOptimizer, NonFiniteGradientError
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import save
 from upslope.train.session import ResumeError
@@ -49,7 +51,7 @@ class LanguageSession:
         frozen: what the run begins with; its rewards are closed with the session.
     """
 
-    failures = (UsageError, NonFiniteError)
+    failures = (UsageError, NonFiniteError, NonFiniteGradientError)
 
     def __init__(self, run: LanguageRun, frozen: Frozen) -> None:
         self.run = run
@@ -135,7 +137,12 @@ class LanguageSession:
             self._completions.write(islice(lines, self.run.log.completions))
 
     def state(self, *, collector: bool = True) -> Tree:
-        """All of it; of a collector that failed, as it stood before the update that did not come about."""
+        """All of it; of a collector that failed, as it stood before the update that did not come about.
+
+        Raises:
+            CheckpointError: if weights are not finite: older checkpoints, which can be gone on from, stay.
+        """
+        self._check_weights()
         return {
             "update": self.update,
             "episodes": self.episodes,
@@ -174,6 +181,13 @@ class LanguageSession:
     def _trainable(self) -> dict[str, Any]:
         """What training moves; everything else is as it was at the start."""
         return {name: value for name, value in self.policy.named_parameters() if value.requires_grad}
+
+    def _check_weights(self) -> None:
+        if not bool(torch.isfinite(self.optimizer.flat).all()):
+            raise CheckpointError(
+                "the model's weights are NaN or infinite: training has diverged. Start a new run from the last good "
+                "policy (start_from) with a lower learning rate"
+            )
 
     def save_policy(self, path: Path) -> None:
         """Write the policy as a Hugging Face folder."""
