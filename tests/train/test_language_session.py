@@ -14,16 +14,23 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_language import COMPLETIONS, SHAPE, folder_hashes, language_cases, some_task, tiny_language
+from tiny_language import COMPLETIONS, SHAPE, digits, folder_hashes, language_cases, some_task, tiny_language
 
 from upslope.algorithms import GRPO, KTO, SFT
-from upslope.collect.experience import CompletionConfig, DemonstrationConfig
+from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
+from upslope.collect.pairs import PairCollector
+from upslope.collect.rewards.pool import RewardPool
 from upslope.collect.rewards.protocol import Reward
 from upslope.errors import UsageError
 from upslope.policies.language.config import LanguageModelConfig
 from upslope.policies.language.sampling import Sampling
+from upslope.report import compare
+from upslope.report.language import evaluation_rows, evaluations, evaluations_among
 from upslope.train import OptimizerConfig, evaluate_language_run, load, load_language, save, train
 from upslope.train.language import LanguageEvaluationConfig
+from upslope.train.language import evaluate as evaluate_module
+from upslope.train.language import frozen as frozen_module
+from upslope.train.language import session as session_module
 from upslope.train.language.evaluate import pass_at
 from upslope.train.log import read_metrics
 from upslope.train.loop import Snapshot
@@ -262,3 +269,97 @@ def test_bad_answers_are_not_what_a_policy_is_judged_by(tmp_path: Path) -> None:
     assert found[0] is not None
     assert found[1] is not None
     assert found[0].score == found[1].score
+
+
+def above_one(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """From 2 to 3: no accuracy."""
+    return [2.0 + share for share in digits(prompts, completions)]
+
+
+def test_a_reward_that_leaves_0_to_1_has_a_score_and_no_accuracy(tmp_path: Path) -> None:
+    task = replace(some_task(), rewards=(Reward(name="digits", function=above_one, inline=True),))
+    train(language_cases(tmp_path)["grpo"], task=task)
+    for record in of_kind(tmp_path / "run", "evaluation"):
+        assert record["greedy_score"] == record["greedy/digits"]
+        assert "sampled_score" in record
+        assert not [name for name in record if "accuracy" in name or name.startswith("pass@")]
+    assert all("score" in record and "accuracy" not in record for record in of_kind(tmp_path / "run", "train"))
+    shown = {words for words, _, _ in evaluation_rows(evaluations(tmp_path / "run"))}
+    assert "score, likeliest completion" in shown
+    assert compare([tmp_path / "run"]).metric == "greedy_score"
+
+
+def test_one_evaluation_with_a_score_makes_the_others_scores() -> None:
+    records: list[dict[str, Any]] = [
+        {"kind": "evaluation", "greedy_accuracy": 1.0, "sampled_accuracy": 0.5, "pass@4": 1.0},
+        {"kind": "evaluation", "greedy_score": 1.5, "sampled_score": 0.5},
+    ]
+    first, second = evaluations_among(records)
+    assert first == {"kind": "evaluation", "greedy_score": 1.0, "sampled_score": 0.5}
+    assert second == records[1]
+    assert evaluations_among(records[:1]) == records[:1]
+
+
+def test_a_short_run_is_judged_less_often(tmp_path: Path) -> None:
+    run = language_cases(tmp_path)["grpo"]
+    settings = replace(run.evaluation, times=8, updates_between=4)
+    train(replace(run, evaluation=settings), task=some_task())
+    assert [record["update"] for record in of_kind(tmp_path / "run", "evaluation")] == [0, 4, 8]
+    train(replace(run, evaluation=replace(settings, updates_between=20), name="short"), task=some_task())
+    assert [record["update"] for record in of_kind(tmp_path / "short", "evaluation")] == [0, 8]
+
+
+def test_the_copy_of_the_weights_for_an_evaluation_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    engine_of = evaluate_module.engine_of
+    monkeypatch.setattr(evaluate_module, "engine_of", lambda *given: made.append(engine_of(*given)) or made[-1])
+    result = train(language_cases(tmp_path)["grpo"], task=some_task())
+    assert result.evaluation is not None
+    assert made
+    assert all(engine._prepared is None for engine in made)
+
+
+def test_all_held_out_pairs_are_judged(tmp_path: Path) -> None:
+    few = some_task()
+    task = replace(few, held_out=(*few.training, *few.held_out) * 2)
+    run = language_cases(tmp_path)["dpo"]
+    run = replace(run, evaluation=replace(run.evaluation, prompts=45), steps=1)
+    result = train(run, task=task)
+    assert result.evaluation is not None
+    assert result.evaluation.figures["pairs"] == 45
+    collector = PairCollector(task.held_out, result.policy.tokenizer, PairConfig(pairs=4), seed=0, context=32)
+    right = 0
+    reference = load_language(tmp_path / "run/start")
+    for index in range(45):
+        one = collector.take([index], version=0)
+        gained = result.policy.evaluate(one).log_prob.sum(-1) - reference.evaluate(one).log_prob.sum(-1)
+        right += int(gained[0] > gained[1])
+    assert result.evaluation.figures["pair_accuracy"] == right / 45
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"no CUDA device here: set device to cpu"):
+        train(tiny_language(tmp_path, device="cuda"), task=some_task())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("failing", ["frozen.draw", "session"])
+def test_rewards_are_closed_when_a_run_cannot_begin(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr(RewardPool, "close", lambda pool: closed.append(pool))
+
+    def fail(*_: Any) -> Any:
+        raise UsageError("it cannot begin")
+
+    if failing == "session":
+        monkeypatch.setattr(session_module, "_collector", fail)
+    else:
+        monkeypatch.setattr(frozen_module, "_draw", fail)
+    with pytest.raises(UsageError, match="it cannot begin"):
+        train(language_cases(tmp_path)["drawn"], task=some_task())
+    assert len(closed) == 1

@@ -63,7 +63,9 @@ def tiny_language(directory: Path, **changes: Any) -> LanguageRun:
         "experience": DemonstrationConfig(rows=6),
         "model": MODEL,
         "optimizer": OptimizerConfig(kind="adamw", learning_rate=1e-2, weight_decay=0.01, schedule="linear"),
-        "evaluation": LanguageEvaluationConfig(times=2, prompts=4, samples=3, pass_at=(1, 3), limit=6),
+        "evaluation": LanguageEvaluationConfig(
+            times=2, updates_between=1, prompts=4, samples=3, pass_at=(1, 3), limit=6
+        ),
         "checkpoint": CheckpointConfig(times=4, keep=3),
         "log": LanguageLogConfig(tensorboard=False, progress=False, diagnose_every=3, completions=2),
         "steps": 8,

@@ -12,7 +12,7 @@ from torch import Tensor
 from upslope.collect.engines.protocol import Engine
 from upslope.collect.example_order import ExampleOrder
 from upslope.collect.experience import CompletionConfig
-from upslope.collect.rewards.protocol import Failed, Outcome
+from upslope.collect.rewards.protocol import Failed, Outcome, are_shares
 from upslope.collect.samples import Sample, SampleSource, Scorer, has_spread, reasons
 from upslope.collect.tasks.protocol import Task
 from upslope.collect.text_rows import TokenRow, build_rows
@@ -61,7 +61,7 @@ class Collected:
         | name | meaning |
         |---|---|
         | `reward`, `reward/NAME` | of the totals, and of each part where it applies, before weighting |
-        | `accuracy` | mean of the part that is 1 for a right answer |
+        | `accuracy` | mean of the part that is 1 for a right answer; `score` where one lies outside [0, 1] |
         | `length`, `truncated` | tokens per completion that the policy chose; share that a limit cut |
         | `turns` | of the policy per completion, where a task has a dialogue |
         | `live_groups` | share of groups whose totals differ |
@@ -77,7 +77,8 @@ class Collected:
         found: dict[str, list[float]] = {"reward": [s.total for s in samples if s.total is not None]}
         for name in samples[0].parts:
             found[f"reward/{name}"] = _numbers(sample.parts[name] for sample in samples)
-        found["accuracy"] = found[f"reward/{self.correct}"]
+        shares = are_shares(sample.parts[self.correct] for sample in samples)
+        found["accuracy" if shares else "score"] = found[f"reward/{self.correct}"]
         found["length"] = [float(sample.completion.length) for sample in samples]
         if self.dialogue:
             found["turns"] = [float(sample.completion.turns) for sample in samples]

@@ -19,7 +19,7 @@ from rich.console import Group as RenderedTogether
 from rich.table import Table
 
 from upslope.errors import UsageError
-from upslope.report.language import evaluations
+from upslope.report.language import evaluations, evaluations_among
 from upslope.report.statistics import bootstrap_interval, interquartile_mean
 from upslope.train.config_file import differences, recorded_run
 from upslope.train.language import LanguageRun
@@ -27,12 +27,13 @@ from upslope.train.log import Value, read_metrics
 
 DEFAULT_METRIC = "deterministic_mean"
 """What agents are compared by."""
-LANGUAGE_METRICS = ("greedy_accuracy", "pair_accuracy", "nll")
+LANGUAGE_METRICS = ("greedy_accuracy", "greedy_score", "pair_accuracy", "nll")
 """What language models are compared by: the first of these that all of them have."""
 BEHIND = {
     DEFAULT_METRIC: "episode_return",
     "stochastic_mean": "episode_return",
     "sampled_accuracy": "accuracy",
+    "sampled_score": "score",
     "sampled_length": "length",
 }
 """What training measures all the time, and evaluation now and then."""
@@ -212,9 +213,9 @@ def read_curve(directory: Path, *, metric: str = DEFAULT_METRIC) -> RunCurve:
     if not metrics.is_file():
         raise UsageError(f"{directory} holds no metrics: it has no {metrics.name}; give what `upslope train` made")
     records = read_metrics(metrics)
-    evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    judged = evaluations_among(records)
     training = [record for record in records if record.get("kind") == "train"]
-    steps, values = _series(evaluations, metric)
+    steps, values = _series(judged, metric)
     if not len(steps):
         steps, values = _series(training, metric)
     if not len(steps):
@@ -245,6 +246,8 @@ def describe_metric(metric: str) -> str:
         "episode_return": "mean training return",
         "greedy_accuracy": "accuracy on held-out prompts (likeliest completion)",
         "sampled_accuracy": "accuracy on held-out prompts (drawn completions)",
+        "greedy_score": "score on held-out prompts (likeliest completion)",
+        "sampled_score": "score on held-out prompts (drawn completions)",
         "pair_accuracy": "held-out pairs judged right",
         "nll": "negative log-likelihood per token of held-out answers",
         "accuracy": "accuracy in training",

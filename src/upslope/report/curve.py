@@ -107,7 +107,7 @@ def _metrics(directories: Sequence[Path]) -> list[str]:
     records = [record for directory in directories for record in evaluations(directory)]
     names = dict.fromkeys(name for record in records for name in record)
     if "greedy_accuracy" not in names:
-        raise UsageError("these runs were not judged by completions: name a --metric (pair_accuracy, nll)")
+        raise UsageError("these runs have no accuracy: name a --metric (greedy_score, pair_accuracy, nll)")
     again = f"sampled/{part_of_accuracy(records)}"
     parts = [name for name in names if name.startswith("sampled/") and name != again]
     return ["greedy_accuracy", "sampled_accuracy", *parts, "sampled_length"]

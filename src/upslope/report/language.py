@@ -44,6 +44,8 @@ FIGURES = (
     LanguageFigure(name="greedy_accuracy", words="accuracy, likeliest completion"),
     LanguageFigure(name="sampled_accuracy", words="accuracy, drawn completions"),
     LanguageFigure(name=r"pass@(\d+)", words="pass@{}"),
+    LanguageFigure(name="greedy_score", words="score, likeliest completion"),
+    LanguageFigure(name="sampled_score", words="score, drawn completions"),
     LanguageFigure(name=r"greedy/(.+)", words="{}, likeliest completion"),
     LanguageFigure(name=r"sampled/(.+)", words="{}, drawn completions"),
     LanguageFigure(name="greedy_length", words="tokens, likeliest completion", form=".1f"),
@@ -65,7 +67,21 @@ FIGURES = (
 def evaluations(directory: Path) -> list[dict[str, Value]]:
     """The evaluation records of a run, the first one first; none where nothing was written yet."""
     path = directory / "metrics.jsonl"
-    return [record for record in read_metrics(path) if record.get("kind") == "evaluation"] if path.is_file() else []
+    return evaluations_among(read_metrics(path)) if path.is_file() else []
+
+
+def evaluations_among(records: Sequence[dict[str, Value]]) -> list[dict[str, Value]]:
+    """Those records of a run that are evaluations.
+
+    If one of them has a score, so do all: what others call accuracy, as all their values lay in [0, 1], is one, too.
+    """
+    judged = [record for record in records if record.get("kind") == "evaluation"]
+    return [_as_score(record) for record in judged] if any("greedy_score" in record for record in judged) else judged
+
+
+def _as_score(record: dict[str, Value]) -> dict[str, Value]:
+    kept = {name: value for name, value in record.items() if not name.startswith("pass@")}
+    return {re.sub(r"^(greedy|sampled)_accuracy$", r"\1_score", name): value for name, value in kept.items()}
 
 
 def evaluation_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, tuple[float, ...]]]:
@@ -86,12 +102,12 @@ def evaluation_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str,
 
 
 def part_of_accuracy(records: Sequence[Mapping[str, Any]]) -> str | None:
-    """The part of the reward that accuracy is the mean of: the first that equals it throughout; None without one."""
+    """The part that accuracy (or the score) is the mean of: the first that equals it throughout; None without one."""
     names = dict.fromkeys(name for record in records for name in record)
     for name in names:
         way, _, part = name.partition("/")
         if way == "greedy" and all(
-            record.get(f"{way}/{part}") == record.get(f"{way}_accuracy")
+            record.get(f"{way}/{part}") in (record.get(f"{way}_accuracy"), record.get(f"{way}_score"))
             for record in records
             for way in ("greedy", "sampled")
         ):

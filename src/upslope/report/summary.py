@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -13,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from upslope.report.conclusion import as_seen_from_here, duration, world
+from upslope.report.language import evaluations_among
 from upslope.train.config_file import recorded_estimator
 from upslope.train.language import LanguageRun
-from upslope.train.log import read_metrics
+from upslope.train.log import Value, read_metrics
 from upslope.train.session import AnyRun
 
 _ESTIMATOR = ("Psi", "baseline", "advantage scale", "ratio", "clip", "reduction", "loss")
@@ -102,15 +102,16 @@ def summary(rows: Sequence[RunInWords], *, wide: bool) -> RenderableType:
     return Group(*lines)
 
 
-def _judged(run: AnyRun, records: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+def _judged(run: AnyRun, records: Sequence[dict[str, Value]]) -> tuple[str, str, str]:
     """Before, after, and the measure; "-" for what was not measured.
 
     An agent is not judged before its first update: the returns of its first episodes in training stand for that.
     """
-    judged = [record for record in records if record["kind"] == "evaluation"]
+    judged = evaluations_among(records)
     if isinstance(run, LanguageRun):
         for name, words in (
             ("greedy_accuracy", "accuracy of the likeliest completion"),
+            ("greedy_score", "score of the likeliest completion"),
             ("pair_accuracy", "pairs judged right"),
             ("nll", "negative log-likelihood per token"),
         ):

@@ -77,6 +77,11 @@ class Evaluator:
         self._environments: VectorEnvironment | None = None
 
     @property
+    def times(self) -> int:
+        """As configured."""
+        return self._settings.times
+
+    @property
     def first(self) -> bool:
         """An agent is not judged before it has learnt anything."""
         return False

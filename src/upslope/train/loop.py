@@ -184,7 +184,7 @@ class Training:
             self._log_training()
         self.display.update(session.steps, metrics)
         evaluation = None
-        if _crossed(before, session.steps, run.steps, run.evaluation.times) and session.steps < run.steps:
+        if _crossed(before, session.steps, run.steps, self.evaluator.times) and session.steps < run.steps:
             evaluation = self._evaluate(final=False)
         wished = self._call_back(metrics, evaluation)
         if _crossed(before, session.steps, run.steps, run.checkpoint.times) and session.steps < run.steps:

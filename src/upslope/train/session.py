@@ -145,6 +145,11 @@ class Evaluator(Protocol):
     """Judges the policy of a run, drawing from streams of its own."""
 
     @property
+    def times(self) -> int:
+        """How often the policy is judged during the run, evenly spread."""
+        ...
+
+    @property
     def first(self) -> bool:
         """Whether the policy is judged before the first update, too."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +15,7 @@ from upslope.algorithms import KTO
 from upslope.collect.conversations import demonstration, role_of
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
 from upslope.collect.pairs import PairCollector
-from upslope.collect.rewards.protocol import Failed
+from upslope.collect.rewards.protocol import Failed, are_shares
 from upslope.collect.samples import Sample, SampleSource
 from upslope.collect.text_rows import TokenRow, build_rows, check_length
 from upslope.errors import UsageError
@@ -56,6 +56,7 @@ class LanguageReport:
     |---|---|
     | greedy_accuracy, sampled_accuracy | mean of the part that is 1 for a right answer |
     | pass@K | how likely one of K drawn completions is right, mean over prompts (unbiased) |
+    | greedy_score, sampled_score | in place of these, where a value of that part lies outside [0, 1] |
     | greedy_length, sampled_length | tokens that the policy chose |
     | greedy_truncated, sampled_truncated | share that the length limit cut |
     | greedy/NAME, sampled/NAME | mean of each part of the reward where it applies |
@@ -66,7 +67,7 @@ class LanguageReport:
 
     Attributes:
         figures: those that could be measured, by name.
-        score: what the best policy has most of: greedy accuracy, else pair accuracy, else -nll.
+        score: what the best policy has most of: greedy accuracy or score, else pair accuracy, else -nll.
         shown: a few completions.
     """
 
@@ -113,6 +114,12 @@ class LanguageEvaluator:
         self._engine = engine_of(frozen.policy, evaluation_seed(run), slots)
 
     @property
+    def times(self) -> int:
+        """How often the policy is judged during the run: as configured, but with enough updates in between."""
+        settings = self._run.evaluation
+        return min(settings.times, self._run.steps // settings.updates_between)
+
+    @property
     def first(self) -> bool:
         """Whether the policy is judged before the first update."""
         return self._run.evaluation.times > 0
@@ -134,7 +141,10 @@ class LanguageEvaluator:
         shown: tuple[ShownCompletion, ...] = ()
         if self._frozen.rewards is not None and not self._run.judges_pairs:
             self._engine.update(index)
-            of_completions, shown = self._of_completions(index)
+            try:
+                of_completions, shown = self._of_completions(index)
+            finally:
+                self._engine.release()
             figures |= of_completions
         if isinstance(self._run.experience, DemonstrationConfig):
             figures |= self._of_answers(policy)
@@ -152,9 +162,10 @@ class LanguageEvaluator:
         greedy = self._draw(Sampling(temperature=0.0), 1, (index, 0))
         sampled = self._draw(sampling_of(self._run), settings.samples, (index, 1))
         correct = self._frozen.task.correct
+        shares = are_shares(sample.parts[correct] for group in (*greedy, *sampled) for sample in group)
         for name, groups in (("greedy", greedy), ("sampled", sampled)):
-            figures |= _means(name, [sample for group in groups for sample in group], correct)
-        for k in settings.pass_at:
+            figures |= _means(name, [sample for group in groups for sample in group], correct, shares=shares)
+        for k in settings.pass_at if shares else ():
             chances = [_pass_at(group, correct, k) for group in sampled]
             known = [chance for chance in chances if chance is not None]
             if known:
@@ -231,15 +242,13 @@ class LanguageEvaluator:
         elif frozen.task.held_out[0].rejected is None:
             return {}
         count = min(run.evaluation.prompts, len(pairs))
-        at_once = min(count, _ROWS // 2)
-        settings = replace(experience, pairs=at_once)
-        collector = PairCollector(pairs, policy.tokenizer, settings, seed=0, context=policy.context)
+        collector = PairCollector(pairs, policy.tokenizer, experience, seed=0, context=policy.context)
         right = 0
-        for number in range(count // at_once):
-            worth = self._worth(policy, collector.collect(policy, number))
+        for first in range(0, count, _ROWS // 2):
+            part = range(first, min(first + _ROWS // 2, count))
+            worth = self._worth(policy, collector.take(part, version=0))
             right += int((worth[0::2] > worth[1::2]).sum())
-        judged = count // at_once * at_once
-        return {"pair_accuracy": right / judged, "pairs": judged}
+        return {"pair_accuracy": right / count, "pairs": count}
 
     def _worth(self, policy: LanguagePolicy, trajectory: Trajectory) -> Tensor:
         """[B] what the policy makes of whole answers: its reward, its log-ratio to the reference, or its log-prob."""
@@ -265,14 +274,14 @@ def _limit(run: LanguageRun) -> int:
 
 
 def _score(figures: Mapping[str, float]) -> float:
-    for name in ("greedy_accuracy", "pair_accuracy"):
+    for name in ("greedy_accuracy", "greedy_score", "pair_accuracy"):
         if name in figures:
             return figures[name]
     return -figures["nll"] if "nll" in figures else -math.inf
 
 
-def _means(name: str, samples: Sequence[Sample], correct: str) -> dict[str, float]:
-    """Means over those completions to which each figure applies."""
+def _means(name: str, samples: Sequence[Sample], correct: str, *, shares: bool) -> dict[str, float]:
+    """Means over those completions to which each figure applies; `shares` as `are_shares` has it."""
     found: dict[str, float] = {}
     for part in samples[0].parts:
         outcomes = [sample.parts[part] for sample in samples]
@@ -280,7 +289,7 @@ def _means(name: str, samples: Sequence[Sample], correct: str) -> dict[str, floa
         if numbers:
             found[f"{name}/{part}"] = sum(numbers) / len(numbers)
     if f"{name}/{correct}" in found:
-        found[f"{name}_accuracy"] = found[f"{name}/{correct}"]
+        found[f"{name}_{'accuracy' if shares else 'score'}"] = found[f"{name}/{correct}"]
     count = len(samples)
     found[f"{name}_length"] = sum(sample.completion.length for sample in samples) / count
     found[f"{name}_truncated"] = sum(not sample.completion.ended for sample in samples) / count

@@ -11,6 +11,7 @@ _COMPLETIONS = Figures(
     shown=(
         ("reward", "reward", "{:.3f}"),
         ("accuracy", "accuracy", "{:.3f}"),
+        ("score", "score", "{:.3f}"),
         ("live groups", "live_groups", "{:.0%}"),
         ("length", "length", "{:.1f}"),
         ("truncated", "truncated", "{:.1%}"),
