@@ -197,5 +197,8 @@ def test_estimators_are_held_against_each_other(here: Path, capsys: pytest.Captu
     assert re.search(r"^advantage scale +.*0\.0001 +.*1e-06", out, re.MULTILINE)
     assert "dual clip 3.0" in out
     assert "baseline" not in out
+    for short, name in (("trl", "grpo-trl"), ("nemo_rl", "grpo-nemo-rl"), ("prime-rl", "grpo-prime-rl")):
+        assert main(["describe", name, "--against", short]) == 0
+        assert "have the same estimator" in said(capsys)[0]
     assert main(["describe", "grpo", "--scale", "none", "--against", "GRPO", "--scale", "none"]) == 0
     assert "have the same estimator" in said(capsys)[0]

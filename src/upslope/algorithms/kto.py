@@ -143,7 +143,10 @@ class KTO:
             "loss": "w_d (1 - s(beta (d - z))) where desirable, w_u (1 - s(beta (z - d))) elsewhere",
             "beta": str(self.beta),
             "weights": f"w_d={self.desirable_weight}, w_u={self.undesirable_weight}",
-            "z": "mean log-ratio of the optimiser step's answers before the update, at least 0",
+            "z": (
+                "mean log-ratio of the optimiser step's own answers before the update, at least 0 (the paper and TRL: "
+                "of answers paired with the prompts of others)"
+            ),
             "reference": "frozen; d = sum over tokens of l - f",
             "ratio": "none: nobody sampled these",
             "reduction": "mean over answers",

@@ -25,9 +25,12 @@ what differs from its default is highlighted. With --against: only where the est
   upslope describe arithmetic-grpo
   upslope describe runs/arithmetic-grpo-seed1
   upslope describe grpo-trl --against grpo-verl
+  upslope describe arithmetic-grpo --against trl    (likewise verl, openrlhf, nemo_rl, prime_rl)
   upslope describe grpo --scale none --against rloo"""
 
 _AGAINST = "--against"
+_PEERS = ("trl", "verl", "openrlhf", "nemo-rl", "prime-rl")
+"""Libraries whose GRPO the recipe `grpo-NAME` is: their names alone will do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +94,8 @@ def _differences(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def _described(arguments: Sequence[str]) -> _Described:
-    """A run directory, an algorithm or a recipe, whichever has that name first."""
-    if arguments and Path(arguments[0]).is_dir():
+    """A run directory, an algorithm, a library's GRPO or a recipe, whichever has that name first."""
+    if arguments and Path(arguments[0]).is_dir() and _peer(arguments[0]) == arguments[0]:
         return _of_run(Path(arguments[0]), arguments[1:])
     if arguments and algorithm_named(arguments[0]) is not None:
         return _of_algorithm(arguments[0], arguments[1:])
@@ -101,7 +104,7 @@ def _described(arguments: Sequence[str]) -> _Described:
     from upslope.train.config_file import config_to_tree
     from upslope.train.describe import describe_run
 
-    name, run = configured(arguments, "describe")
+    name, run = configured([*map(_peer, arguments[:1]), *arguments[1:]], "describe")
     return _Described(
         name=name if ":" in name else run.recipe,
         place=f" on {world(run)}",
@@ -109,6 +112,12 @@ def _described(arguments: Sequence[str]) -> _Described:
         tree=config_to_tree(run),
         defaults=default_settings(run),
     )
+
+
+def _peer(name: str) -> str:
+    """The recipe of a library's GRPO by the library's name; any other name as it is."""
+    plain = name.lower().replace("_", "-")
+    return f"grpo-{plain}" if plain in _PEERS else name
 
 
 def _of_run(directory: Path, rest: Sequence[str]) -> _Described:
