@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from upslope.collect.rewards.calling import LONGEST_REASON, Accepted, CallError, call
 from upslope.collect.rewards.functions import (
     exact_match,
     last_number,
@@ -143,3 +144,18 @@ def test_the_overlong_penalty_by_hand(length, expected):
 def test_a_buffer_outside_the_limit_is_refused(buffer):
     with pytest.raises(ValueError, match="between 1 and limit=20"):
         overlong_penalty(1, limit=20, buffer=buffer, penalty=1.0)
+
+
+@pytest.mark.parametrize("completion", ["42", ""], ids=["text", "nothing"])
+def test_functions_that_take_completions_for_messages_are_told_that_they_are_texts(completion):
+    def chat(completions):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    with pytest.raises(
+        CallError, match=r"it raised (TypeError|IndexError): string ind.*take completion, not comp"
+    ) as told:
+        call(chat, Accepted.of(chat), [""], [completion], {}, texts=False)
+    assert len(str(told.value)) <= LONGEST_REASON
+    with pytest.raises(CallError) as other:
+        call(chat, Accepted.of(chat), [""], [3], {}, texts=False)
+    assert "texts" not in str(other.value)
