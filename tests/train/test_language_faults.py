@@ -180,7 +180,7 @@ def scored_by(name: str, directory: Path) -> Task:
         ("raises", "no grader today"),
         ("hangs", r"grade failed: it did not return within 0\.5 s and was killed"),
         ("nan", "grade failed: .*nan"),
-        ("miscounts", "grade failed: it returned more scores for 1 completions"),
+        ("miscounts", "grade failed: it returned more scores for 2 completions"),
         ("nothing", "no reward applies"),
     ],
 )
