@@ -84,7 +84,8 @@ def test_scores_by_hand():
 def test_demonstrations_are_right_and_nothing_held_out_is_trained_on(config):
     task = config.build(2)
     examples = [task.training[i] for i in range(200)]
-    assert [config.build(2).training[i] for i in range(200)] == examples
+    again = config.build(2).training
+    assert [again[i] for i in range(200)] == examples
     for some in (examples, task.held_out):
         columns = {name: [example.columns[name] for example in some] for name in ("numbers", "target")}
         assert correct([], [example.completion for example in some], **columns) == [1.0] * len(some)

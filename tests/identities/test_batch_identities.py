@@ -140,6 +140,8 @@ def learned(
         learning_rate=0.1,
         generator=np.random.default_rng(0),
     )
+    if whole_rows:
+        assert result.metrics.pop("mismatch") > 0.0  # told of policies that read rows alone
     return recording.gradients, result.metrics
 
 

@@ -357,8 +357,8 @@ IN_ADVANTAGES = (
     Mutant(
         "leave_one_out shrinks",
         ADVANTAGES,
-        "(sizes / (sizes - 1))[index]",
-        "((sizes - 1) / sizes)[index]",
+        "return (centred * (sizes / (sizes - 1))[index])",
+        "return (centred * ((sizes - 1) / sizes)[index])",
         "the factor upside down",
         ("leave_one_out",),
         ("test_leave_one_out_is_g_over_g_minus_1_times_mean_centred",),
