@@ -8,66 +8,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from upslope.algorithms import GRPO, PPO, RLOO, SFT, Preference, Reinforce
-from upslope.collect.experience import CompletionConfig, DemonstrationConfig, OverlongPenalty, PairConfig
+from upslope.algorithms import GRPO, PPO, RLOO, Preference, Reinforce
+from upslope.collect.experience import CompletionConfig, OverlongPenalty, PairConfig
 from upslope.collect.tasks.arithmetic import ThinkOrBlurt
-from upslope.policies.language.config import LanguageModelConfig, ModelShape
-from upslope.train import CheckpointConfig, OptimizerConfig
+from upslope.recipes.small_models import imitation, rewarded
+from upslope.train import OptimizerConfig
 from upslope.train.language import LanguageEvaluationConfig, LanguageLogConfig, LanguageRun
 
 _LIMIT = 48
 """Tokens: the longest scratchpad with its answer and the end takes 30."""
+_START = "arithmetic-sft"
+_EVALUATION = LanguageEvaluationConfig(times=5, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT)
 
 
 def arithmetic_sft() -> LanguageRun:
-    """Demonstrations of three-digit addition, 70 % of them without a scratchpad: the start of the others.
-
-    Learnt positions (GPT-2) copy the digits of a prompt of fixed length sooner than turned ones (Llama, Qwen3).
-    """
-    return LanguageRun(
-        recipe="arithmetic-sft",
-        model=LanguageModelConfig(
-            shape=ModelShape(architecture="gpt2", width=64, layers=2, heads=4, inner=256, positions=64)
-        ),
-        task=ThinkOrBlurt(),
-        experience=DemonstrationConfig(rows=64),
-        algorithm=SFT(),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="cosine", max_gradient_norm=1.0, epsilon=1e-8, betas=(0.9, 0.99)
-        ),
-        evaluation=LanguageEvaluationConfig(times=3, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
-        log=LanguageLogConfig(every_steps=10, diagnose_every=0),
-        checkpoint=CheckpointConfig(times=3),
-        steps=750,
-        threads=1,
-    )
-
-
-def _learning(name: str) -> LanguageRun:
-    """What the recipes that learn from rewards share."""
-    return LanguageRun(
-        recipe=name,
-        start_from="arithmetic-sft",
-        task=ThinkOrBlurt(),
-        experience=CompletionConfig(prompts=32, group=8, limit=_LIMIT),
-        algorithm=GRPO(),
-        optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", max_gradient_norm=1.0, epsilon=1e-8),
-        evaluation=LanguageEvaluationConfig(times=5, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
-        log=LanguageLogConfig(every_steps=1, diagnose_every=5),
-        checkpoint=CheckpointConfig(times=5),
-        steps=150,
-        threads=1,
-    )
+    """Demonstrations of three-digit addition, 70 % of them without a scratchpad: the start of the others."""
+    return imitation(_START, ThinkOrBlurt(), steps=750, evaluation=replace(_EVALUATION, times=3))
 
 
 def arithmetic_grpo() -> LanguageRun:
     """GRPO that divides neither by the group's standard deviation nor by lengths; two clipped steps per batch."""
-    run = _learning("arithmetic-grpo")
-    return replace(
-        run,
-        algorithm=GRPO(scale="none", reduction="trajectory_sum", minibatches=2),
-        optimizer=replace(run.optimizer, learning_rate=4e-4),
-    )
+    return rewarded("arithmetic-grpo", ThinkOrBlurt(), start=_START, limit=_LIMIT, steps=150, evaluation=_EVALUATION)
+
+
+def _learning(name: str) -> LanguageRun:
+    """The same, to be given another algorithm; those that take one step per batch bear a larger one."""
+    run = arithmetic_grpo()
+    return replace(run, recipe=name, algorithm=GRPO(), optimizer=replace(run.optimizer, learning_rate=5e-4))
 
 
 def arithmetic_rloo() -> LanguageRun:
@@ -129,13 +96,13 @@ def arithmetic_dpo() -> LanguageRun:
     """
     return LanguageRun(
         recipe="arithmetic-dpo",
-        start_from="arithmetic-sft",
+        start_from=_START,
         task=ThinkOrBlurt(),
         experience=PairConfig(pairs=64, drawn=1600, group=8, limit=_LIMIT),
         algorithm=Preference(beta=0.1, nll_coefficient=0.05),
         reference="start",
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", max_gradient_norm=1.0, epsilon=1e-8),
-        evaluation=LanguageEvaluationConfig(times=5, prompts=256, samples=4, pass_at=(4,), limit=_LIMIT),
+        evaluation=_EVALUATION,
         log=LanguageLogConfig(every_steps=1, diagnose_every=0),
         steps=160,
         threads=1,
