@@ -22,6 +22,7 @@ GOOD: dict[str, Any] = {
     "entropy_share": 0.7,
     "zero_advantage_groups": 0.3,
     "gradient_snr": 1.0,
+    "chosen_log_ratio": 0.5,
     "variance/reward_to_go": 10.0,
     "reward_deviation": 0.5,
     "termination_share": 0.01,
@@ -34,6 +35,7 @@ WRONG = {
     "few steps count": ("effective_sample_size", 0.11, "leave 11% of the batch"),
     "critic explains nothing": ("explained_variance", -0.02, "the critic explains nothing: explained variance -0.02;"),
     "groups without advantage": ("zero_advantage_groups", 0.95, "95% of the groups teach nothing"),
+    "chosen answers lost": ("chosen_log_ratio", -3.0, "have a log-prob -3.0 beside that of the reference"),
     "batch too small": ("gradient_snr", 0.025, "the noise scale of the gradient is 40 times the steps of an update"),
     "batch too large": ("gradient_snr", 200.0, "200 times the steps at which"),
 }
@@ -59,7 +61,7 @@ def test_each_wrong_figure_gives_its_verdict_and_no_other(name: str) -> None:
     (verdict,) = verdicts(history(**{figure: value}))
     assert verdict.name == name
     assert text in verdict.text
-    assert verdict.level == ("hint" if name.startswith("batch") else "warning")
+    assert verdict.level == ("hint" if name.startswith(("batch", "chosen")) else "warning")
 
 
 @pytest.mark.parametrize("name", sorted(set(WRONG) - {"gradient not finite"}))

@@ -140,6 +140,8 @@ class Preference:
                 "rejected_log_prob": total[1::2],
                 "chosen_token_log_prob": mean[0::2],
             }
+            if not normalised:
+                watched["chosen_log_ratio"] = chosen
             metrics = {name: (each_pair.detach() * weight).sum() for name, each_pair in watched.items()}
         metrics |= {"loss": value.detach(), "entropy": step_average(evaluation.entropy.detach(), batch)}
         return Loss(value=value, metrics=metrics)

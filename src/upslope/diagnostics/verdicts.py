@@ -227,6 +227,15 @@ RULES: tuple[Rule, ...] = (
         "neither always nor never solved, or larger groups",
     ),
     Rule(
+        name="chosen answers lost",
+        level="hint",
+        figure="chosen_log_ratio",
+        wrong=lambda value: value < -1.0,
+        text="chosen answers have a log-prob {value:.1f} beside that of the reference: pairs can be told apart ever "
+        "better while the policy gets worse; hold its accuracy against that of the start, add nll_coefficient, or "
+        "lower the learning rate",
+    ),
+    Rule(
         name="batch too small",
         level="hint",
         figure="gradient_snr",
