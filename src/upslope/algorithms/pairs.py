@@ -45,3 +45,13 @@ def row_weight(batch: Batch) -> Tensor:
 def pair_weight(batch: Batch) -> Tensor:
     """[B / 2] what each pair weighs in the optimiser step: one over their number."""
     return row_weight(batch).view(-1, 2).sum(-1)
+
+
+def told_right(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 where the chosen one is worth more, 0 where the rejected one is, 1/2 where nothing tells them apart.
+
+    >>> told_right(torch.tensor([2.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 1.0]))
+    tensor([1.0000, 0.0000, 0.5000])
+    """
+    difference = chosen - rejected
+    return torch.heaviside(difference, difference.new_tensor(0.5))

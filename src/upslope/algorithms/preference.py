@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from upslope.algorithms.pairs import pair_signal, pair_weight
+from upslope.algorithms.pairs import pair_signal, pair_weight, told_right
 from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
 from upslope.algorithms.ratios import chosen_log_prob, step_average
 from upslope.estimators import (
@@ -134,7 +134,7 @@ class Preference:
         with torch.no_grad():
             margin = self.beta * (chosen - rejected)
             watched = {
-                "pair_accuracy": (margin > 0.0).to(weight.dtype),
+                "pair_accuracy": told_right(chosen, rejected),
                 "margin": margin,
                 "chosen_log_prob": total[0::2],
                 "rejected_log_prob": total[1::2],

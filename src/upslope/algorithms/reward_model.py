@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from upslope.algorithms.pairs import pair_signal, pair_weight
+from upslope.algorithms.pairs import pair_signal, pair_weight, told_right
 from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
 from upslope.estimators import trajectory_mean
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
@@ -93,7 +93,7 @@ class RewardModel:
         value = (each * weight).sum()
         with torch.no_grad():
             watched = {
-                "pair_accuracy": (chosen > rejected).to(weight.dtype),
+                "pair_accuracy": told_right(chosen, rejected),
                 "score_margin": chosen - rejected,
                 "chosen_score": chosen,
                 "rejected_score": rejected,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms import KTO
+from upslope.algorithms.pairs import told_right
 from upslope.collect.conversations import demonstration, role_of
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
 from upslope.collect.pairs import PairCollector
@@ -243,11 +244,11 @@ class LanguageEvaluator:
             return {}
         count = min(run.evaluation.prompts, len(pairs))
         collector = PairCollector(pairs, policy.tokenizer, experience, seed=0, context=policy.context)
-        right = 0
+        right = 0.0
         for first in range(0, count, _ROWS // 2):
             part = range(first, min(first + _ROWS // 2, count))
             worth = self._worth(policy, collector.take(part, version=0))
-            right += int((worth[0::2] > worth[1::2]).sum())
+            right += float(told_right(worth[0::2], worth[1::2]).sum())
         return {"pair_accuracy": right / count, "pairs": count}
 
     def _worth(self, policy: LanguagePolicy, trajectory: Trajectory) -> Tensor:
