@@ -61,8 +61,8 @@ class Generator(Generic[_Problem]):
                     break
             else:
                 raise ValueError(
-                    f"there are hardly more than {len(examples)} held-out problems: set held_out to at most that, or "
-                    "make the problems larger"
+                    f"{count} held-out problems were asked for, and there are hardly more than {len(examples)}: make "
+                    "the problems larger (more digits or numbers), or set held_out to at most that"
                 )
         return tuple(examples)
 

@@ -52,7 +52,9 @@ def open_records(path: Path, visit: Visit) -> Records:
         ModuleNotFoundError: if Parquet or Arrow is to be read without pyarrow.
     """
     if not path.exists():
-        raise UsageError(f"there is no file {str(path)!r}")
+        raise UsageError(
+            f"there is no file {str(path)!r}: put the data there, or name where it is (task.training and task.held_out)"
+        )
     suffix = path.suffix.lower()
     if path.is_dir() or suffix in (".parquet", ".arrow"):
         # Here alone: pyarrow is needed for no other kind, and takes a while to import.
