@@ -69,7 +69,7 @@ class ScaledActorCritic:
     def initial_state(self) -> Mapping[str, float]:
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         assert value is not None
         assert next_value is not None
         discount = trajectory.discount(self.gamma)

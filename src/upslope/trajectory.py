@@ -6,8 +6,8 @@ fragment of one environment, or one sequence. A position is one decision of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -51,6 +51,8 @@ class Trajectory:
     | | `group` | [B] int64 or None | rows that share a start |
     | | `policy_version` | int | the update that produced the acting policy |
     | f_t | `reference_log_prob` | [B, T] or None | log-prob under the frozen reference; added by the learner |
+    | p_t | `proximal_log_prob` | [B, T] or None | log-prob under the learner before the update; added by it |
+    | | `memory` | [B, ...] or None | what a recurrent policy carried into each row's first position |
     """
 
     observation: Observation
@@ -66,6 +68,8 @@ class Trajectory:
     group: Tensor | None = None
     policy_version: int = 0
     reference_log_prob: Tensor | None = None
+    proximal_log_prob: Tensor | None = None
+    memory: Observation | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,10 +129,17 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signal:
-    """What an algorithm makes of a trajectory: Psi_t and, for a critic, its target. Both [B, T], detached."""
+    """What an algorithm makes of a trajectory, detached.
+
+    Attributes:
+        advantage: [B, T], Psi_t.
+        value_target: [B, T], what the critic is to come to, or None.
+        metrics: [] each, worth seeing; an update reports them, and `Algorithm.adapt` may go by them.
+    """
 
     advantage: Tensor
     value_target: Tensor | None = None
+    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +158,7 @@ class Batch:
         weight: w_t of the reduction, fixed for the whole optimiser step.
         reference_point: z, the same at every step, where a loss measures gains from a point that `prepare` fixed.
         share: the part of the optimiser step's chosen steps that is in this batch: less than 1 in a micro-batch.
+        time, memory: as in `Trajectory`; memory where rows are whole, else None.
     """
 
     observation: Observation
@@ -163,6 +175,8 @@ class Batch:
     proximal_log_prob: Tensor | None = None
     reference_point: Tensor | None = None
     share: float = 1.0
+    time: Tensor | None = None
+    memory: Observation | None = None
 
 
 class Distribution(Protocol):
@@ -202,6 +216,16 @@ class Steps(Protocol):
     @property
     def mask(self) -> Tensor:
         """Where it chose."""
+        ...
+
+    @property
+    def time(self) -> Tensor | None:
+        """Decisions since the trajectory's start: 0 where one begins, and memory with it."""
+        ...
+
+    @property
+    def memory(self) -> Observation | None:
+        """What a recurrent policy carried into each row's first position; None for nothing."""
         ...
 
 

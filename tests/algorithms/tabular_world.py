@@ -174,7 +174,7 @@ def sealed(policy: TabularPolicy, path: Path) -> Trajectory:
 def whole_batch(policy: TabularPolicy, algorithm: Algorithm, trajectory: Trajectory) -> Batch:
     """All steps of a trajectory as one prepared batch, rows kept."""
     value, next_value = policy.values(trajectory) if algorithm.passes.critic else (None, None)
-    signal = algorithm.advantage(trajectory, value, next_value)
+    signal = algorithm.advantage(trajectory, value, next_value, Now())
     distribution = policy.evaluate(trajectory).distribution.detach()
     return algorithm.prepare(
         Batch(

@@ -33,7 +33,7 @@ def test_one_success_in_eight(algorithm: Algorithm, success: float, failure: flo
     reward = torch.zeros_like(trajectory.reward)
     reward[0, last[0]] = 1.0
     groups = torch.arange(rows) // 8
-    found = algorithm.advantage(replace(trajectory, reward=reward, group=groups), None, None).advantage
+    found = algorithm.advantage(replace(trajectory, reward=reward, group=groups), None, None, Now()).advantage
     assert found[0][trajectory.mask[0]].tolist() == pytest.approx([success] * int(trajectory.mask[0].sum()), abs=1e-4)
     assert float(found[1][trajectory.mask[1]][0]) == pytest.approx(failure, abs=1e-4)
     assert (found[8:] == 0.0).all()

@@ -162,7 +162,7 @@ def test_a_hidden_row_counts_in_its_groups_baseline():
         TokenRow(prompt=(1, 2), answer=(3, 3, 3), log_prob=(-1.0,) * 3, reward=-1.0, ended=False, hidden=True),
     ]
     trajectory = build_rows(rows, end_token=0, group=[0, 0])
-    signal = GRPO(scale="none").advantage(trajectory, None, None)
+    signal = GRPO(scale="none").advantage(trajectory, None, None, Now())
     assert signal.advantage.tolist() == [[0.0, 1.0, 1.0, 0.0], [0.0] * 4]
 
 

@@ -456,8 +456,8 @@ IN_STEP = (
     Mutant(
         "V for V' in the signal",
         STEP,
-        "return value, next_value, algorithm.advantage(trajectory, value, next_value)",
-        "return value, next_value, algorithm.advantage(trajectory, value, value)",
+        "return value, next_value, algorithm.advantage(trajectory, value, next_value, now)",
+        "return value, next_value, algorithm.advantage(trajectory, value, value, now)",
         "the critic's own state for the one that follows",
         ("A2C: lambda 0.5; exact critic, on-policy",),
     ),

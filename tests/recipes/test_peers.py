@@ -8,7 +8,7 @@ from math import sqrt
 import pytest
 import torch
 
-from upslope.algorithms import GRPO
+from upslope.algorithms import GRPO, Now
 from upslope.recipes import RECIPES, load_recipe
 from upslope.trajectory import Batch, Trajectory
 
@@ -63,7 +63,7 @@ def test_each_library_makes_of_one_group_what_it_is_known_to(
     name: str, success: float, failure: float, of_success: float, of_failure: float
 ) -> None:
     trajectory, algorithm = a_lone_success(), algorithm_of(name)
-    advantage = algorithm.advantage(trajectory, None, None).advantage
+    advantage = algorithm.advantage(trajectory, None, None, Now()).advantage
     expected = torch.where(torch.arange(8).unsqueeze(-1) == 0, success, failure) * trajectory.mask
     torch.testing.assert_close(advantage, expected, rtol=1e-6, atol=1e-7)
     batch = Batch(
@@ -98,7 +98,10 @@ def test_openrlhf_adds_the_penalty_of_all_steps_that_follow_after_the_baseline()
     reference = torch.where(trajectory.mask, -2.0, 0.0)
     far = replace(trajectory, reference_log_prob=reference)
     algorithm = algorithm_of("grpo-openrlhf")
-    moved = algorithm.advantage(far, None, None).advantage - algorithm.advantage(trajectory, None, None).advantage
+    moved = (
+        algorithm.advantage(far, None, None, Now()).advantage
+        - algorithm.advantage(trajectory, None, None, Now()).advantage
+    )
     left = torch.tensor([SUCCESS] + [FAILURE] * 7).unsqueeze(-1) - torch.arange(FAILURE)
     torch.testing.assert_close(moved, -0.01 * 0.5 * left * trajectory.mask, rtol=1e-4, atol=1e-6)
 

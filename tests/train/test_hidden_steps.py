@@ -43,7 +43,7 @@ def test_a_hidden_step_is_skipped_and_not_decayed_through(algorithm):
     """As if the two chosen steps followed one another: r = (1, 2), V = (4, 6)."""
     hidden = with_a_hidden_step()
     value, next_value = torch.tensor([[4.0, 99.0, 6.0]]), torch.tensor([[99.0, 6.0, 0.0]])
-    found = algorithm.advantage(hidden, value, next_value)
+    found = algorithm.advantage(hidden, value, next_value, Now())
     keep = [0, 2]
     plain = replace(
         hidden,
@@ -56,7 +56,7 @@ def test_a_hidden_step_is_skipped_and_not_decayed_through(algorithm):
         behaviour_log_prob=hidden.behaviour_log_prob[:, keep],
         time=hidden.time[:, keep],
     )
-    wanted = algorithm.advantage(plain, value[:, keep], torch.tensor([[6.0, 0.0]]))
+    wanted = algorithm.advantage(plain, value[:, keep], torch.tensor([[6.0, 0.0]]), Now())
     torch.testing.assert_close(found.advantage[:, keep], wanted.advantage)
     if wanted.value_target is not None:
         torch.testing.assert_close(found.value_target[:, keep], wanted.value_target)

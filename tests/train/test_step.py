@@ -210,7 +210,7 @@ class Recorder:
     def initial_state(self) -> Mapping[str, float]:
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         assert value is None
         assert next_value is None
         return Signal(advantage=trajectory.reward)

@@ -60,7 +60,7 @@ class OneStepActorCritic:
         """Nothing is carried."""
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """delta_t (GAE at lambda = 0), times gamma^t if asked for; the critic's target is delta_t + V_t."""
         assert value is not None
         assert next_value is not None
@@ -138,7 +138,7 @@ class A2C:
         """Nothing is carried."""
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
         assert value is not None
         assert next_value is not None

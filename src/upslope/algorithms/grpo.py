@@ -166,7 +166,7 @@ class GRPO:
         """Nothing is carried."""
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_i at every chosen step of trajectory i."""
         return group_signal(
             trajectory,

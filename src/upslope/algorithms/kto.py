@@ -80,7 +80,7 @@ class KTO:
         """Nothing is carried."""
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """+1 at the steps of desirable rows, -1 of others.
 
         Raises:

@@ -134,7 +134,7 @@ class PPO:
         """The penalty's coefficient is the only number carried."""
         return {"kl_coefficient": self.kl_coefficient} if self.kl_coefficient > 0.0 else {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
         assert value is not None
         assert next_value is not None

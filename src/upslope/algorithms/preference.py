@@ -110,7 +110,7 @@ class Preference:
         """Nothing is carried."""
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """+1 at the steps of chosen rows, -1 of rejected ones."""
         return pair_signal(trajectory)
 

@@ -91,6 +91,7 @@ class Passes:
         together: consecutive rows that no minibatch and no micro-batch may part (2 for pairs).
         groups: whether Psi compares the rows of a group, so that each needs two rows at least.
         whole_rows: whether the loss looks at whole rows [B, T] (one ratio per sequence), for any policy.
+        proximal_in_advantage: whether Psi needs p_t, the learner's before the update (`Trajectory.proximal_log_prob`).
         proximal_in_prepare: whether p_t is needed before the step, so that it is there in an update's only one too.
         values_first: whether Psi needs the critic's values before the update, where there is a critic.
         kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
@@ -110,6 +111,7 @@ class Passes:
     together: int = 1
     groups: bool = False
     whole_rows: bool = False
+    proximal_in_advantage: bool = False
     proximal_in_prepare: bool = False
     values_first: bool = True
 
@@ -162,8 +164,15 @@ class Algorithm(Protocol):
         """The carried numbers before the first update."""
         ...
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
-        """Psi_t and the critic's target, [B, T]."""
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
+        """Psi_t and the critic's target, [B, T].
+
+        Args:
+            trajectory: what was collected.
+            value: [B, T] V_t, or None without a critic.
+            next_value: [B, T] V'_t, or None without a critic.
+            now: where the run stands.
+        """
         ...
 
     def prepare(self, batch: Batch) -> Batch:

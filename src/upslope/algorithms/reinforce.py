@@ -109,7 +109,7 @@ class Reinforce:
         """Nothing is carried."""
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """Psi_t by the chosen row of the table, times gamma^t if asked for."""
         trajectory = self.reference_kl.rewarded(trajectory)
         reward, cut, discount = trajectory.reward, trajectory.cut, trajectory.discount(self.gamma)

@@ -98,7 +98,7 @@ class RLOO:
         """Nothing is carried."""
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_i at every chosen step of trajectory i."""
         return group_signal(
             trajectory, baseline="leave_one_out", scale="none", epsilon=0.0, reference_kl=self.reference_kl

@@ -59,7 +59,7 @@ class SFT:
         """Nothing is carried."""
         return {}
 
-    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None) -> Signal:
+    def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """1 at every chosen step: each is to become more likely."""
         return Signal(advantage=trajectory.mask.to(trajectory.reward.dtype))
 

@@ -21,11 +21,11 @@ from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to
 from upslope.streams import Purpose, stream, torch_stream
 from upslope.train.config import Run
 from upslope.train.given import environment_again
+from upslope.train.learner import GradientLearner, Learner
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import save
 from upslope.train.session import Figures, ResumeError
-from upslope.train.step import learn
 from upslope.trajectory import Tree
 
 FIGURES = Figures(
@@ -64,8 +64,9 @@ class ControlSession:
         spaces = (environments.observation_space, environments.action_space)
         self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
         self.spaces = [space_to_tree(space) for space in spaces]
-        self.optimizer = FlatOptimizer(self.policy, run.optimizer)
-        self.meter = Meter(_actor_gradient(self.policy, self.optimizer)) if run.log.diagnose_every else None
+        optimizer = FlatOptimizer(self.policy, run.optimizer)
+        self.learner: Learner = GradientLearner(self.policy, run.algorithm, optimizer)
+        self.meter = Meter(_actor_gradient(self.policy, optimizer)) if run.log.diagnose_every else None
         self.most_entropy = _most_entropy(environments.action_space)
         self.collector = EnvironmentCollector(
             environments,
@@ -106,15 +107,13 @@ class ControlSession:
         taken, every = self.collector.steps_taken, run.log.diagnose_every
         if self.meter is not None:
             self.meter.look(closely=(self.steps + taken) // every > self.steps // every)
-        learned = learn(
-            policy,
-            self.algorithm,
-            self.optimizer,
+        learned = self.learner.learn(
             seen,
             now=Now(progress=self.progress, state=self.algorithm_state),
             learning_rate=learning_rate,
             generator=stream(run.seed, Purpose.SHUFFLE, 0, self.update),
             meter=self.meter,
+            reference=None,
         )
         policy.observe(trajectory)
         self.algorithm_state = learned.state
@@ -152,7 +151,7 @@ class ControlSession:
             "spaces": self.spaces,
             "algorithm": dict(self.algorithm_state),
             "policy": {name: tensor.detach() for name, tensor in self.policy.state_dict().items()},
-            "optimizer": self.optimizer.state(),
+            "optimizer": self.learner.state(),
             "meter": None if self.meter is None else self.meter.state(),
             "collector": environments,
         }
@@ -180,7 +179,7 @@ class ControlSession:
             raise ResumeError(
                 f"the checkpoint's network is not the one configured: {error}. Resume without changing the policy"
             ) from error
-        self.optimizer.load_state(tree["optimizer"])
+        self.learner.load_state(tree["optimizer"])
         if self.meter is not None and tree["meter"] is not None:
             self.meter.load_state(tree["meter"])
         self.algorithm_state = dict(tree["algorithm"])

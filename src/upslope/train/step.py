@@ -87,7 +87,8 @@ def learn(
         return Learned(state=now.state, metrics=idle, advantage=torch.zeros_like(trajectory.reward))
     passes = _fitting(policy, algorithm.passes, trajectory)
     trajectory = _referenced(passes, trajectory, reference)
-    value, next_value, signal = _signal(policy, algorithm, trajectory)
+    trajectory = _anchored(policy, passes, trajectory)
+    value, next_value, signal = _signal(policy, algorithm, trajectory, now)
     if meter is not None:
         meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, passes=passes)
     advantage = signal.advantage
@@ -95,7 +96,7 @@ def learn(
     totals = _Totals(measure_mismatch=policy.sequential and _sampled(batch))
     for epoch in range(passes.epochs):
         if epoch and passes.recompute_advantage:
-            value, _, signal = _signal(policy, algorithm, trajectory)
+            value, _, signal = _signal(policy, algorithm, trajectory, now)
             batch = replace(batch, **_signal_like(batch, trajectory, signal))
         going = True
         for minibatch in _minibatches(batch, passes, generator):
@@ -111,7 +112,7 @@ def learn(
             totals.add_norm(optimizer.step(learning_rate))
         if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
             break
-    metrics = totals.means()
+    metrics = {**totals.means(), **{name: float(metric) for name, metric in signal.metrics.items()}}
     if batch.behaviour_distribution is not None:
         with torch.no_grad():
             kl = batch.behaviour_distribution.kl(policy.evaluate(batch).distribution)
@@ -150,14 +151,22 @@ def _referenced(passes: Passes, trajectory: Trajectory, reference: Policy | None
         return replace(trajectory, reference_log_prob=reference.evaluate(trajectory).log_prob.detach())
 
 
+def _anchored(policy: Policy, passes: Passes, trajectory: Trajectory) -> Trajectory:
+    """The trajectory with p_t, of the policy before the update, where Psi needs it."""
+    if not passes.proximal_in_advantage:
+        return trajectory
+    with torch.no_grad():
+        return replace(trajectory, proximal_log_prob=policy.evaluate(trajectory).log_prob.detach())
+
+
 def _signal(
-    policy: Policy, algorithm: Algorithm, trajectory: Trajectory
+    policy: Policy, algorithm: Algorithm, trajectory: Trajectory, now: Now
 ) -> tuple[Tensor | None, Tensor | None, Signal]:
     with torch.no_grad():
         value = next_value = None
         if algorithm.passes.critic and algorithm.passes.values_first:
             value, next_value = policy.values(trajectory)
-        return value, next_value, algorithm.advantage(trajectory, value, next_value)
+        return value, next_value, algorithm.advantage(trajectory, value, next_value, now)
 
 
 def _batch(
@@ -180,6 +189,9 @@ def _batch(
         behaviour_distribution=None,
         weight=trajectory.behaviour_log_prob,
         reference_log_prob=trajectory.reference_log_prob,
+        proximal_log_prob=trajectory.proximal_log_prob,
+        time=trajectory.time,
+        memory=trajectory.memory,
     )
     if policy.sequential or passes.whole_rows:
         hidden = ~trajectory.mask
@@ -189,7 +201,7 @@ def _batch(
     if passes.reference == "distribution" and reference is not None:
         with torch.no_grad():
             batch = replace(batch, reference_distribution=reference.evaluate(batch).distribution.detach())
-    if passes.proximal_in_prepare or (passes.proximal and passes.epochs * passes.minibatches > 1):
+    if batch.proximal_log_prob is None and _needs_proximal(passes):
         with torch.no_grad():
             batch = replace(batch, proximal_log_prob=policy.evaluate(batch).log_prob.detach())
     if passes.behaviour_distribution:
@@ -198,10 +210,14 @@ def _batch(
     return batch
 
 
+def _needs_proximal(passes: Passes) -> bool:
+    return passes.proximal_in_prepare or (passes.proximal and passes.epochs * passes.minibatches > 1)
+
+
 def _chosen(batch: Batch) -> Batch:
     """The chosen steps [M] of whole rows [B, T]: what was not chosen is no input of any network or loss."""
     steps = batch.mask.numel()
-    flat = _map(batch, lambda tensor: tensor.reshape(steps, *tensor.shape[2:]))
+    flat = _map(replace(batch, memory=None), lambda tensor: tensor.reshape(steps, *tensor.shape[2:]))
     return flat if bool(flat.mask.all()) else _select(flat, flat.mask.nonzero().squeeze(-1))
 
 
@@ -278,6 +294,8 @@ def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
         reference_distribution=batch.reference_distribution,
         proximal_log_prob=maybe(batch.proximal_log_prob),
         reference_point=maybe(batch.reference_point),
+        time=maybe(batch.time),
+        memory=None if batch.memory is None else map_observation(function, batch.memory),
     )
 
 
