@@ -13,6 +13,7 @@ MODULES = [
     "advantages",
     "curvature",
     "divergences",
+    "importance",
     "objectives",
     "preference",
     "recurrence",

@@ -10,8 +10,9 @@ from upslope.diagnostics.noise import (
     noise_of_pair,
 )
 from upslope.diagnostics.signal import explained_variance, psi_variances, zero_advantage_groups
-from upslope.diagnostics.steps import ChosenSteps, effective_sample_size, gradient_shares
+from upslope.diagnostics.steps import ChosenSteps, gradient_shares
 from upslope.diagnostics.verdicts import RULES, Rule, Verdict, Watch, verdict_line, verdicts
+from upslope.estimators import effective_sample_size
 
 __all__ = [
     "RULES",

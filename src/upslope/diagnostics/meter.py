@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from upslope.diagnostics.noise import MinibatchNoise, SmoothedNoise, SuccessiveNoise
 from upslope.diagnostics.signal import psi_variances, zero_advantage_groups
-from upslope.diagnostics.steps import ChosenSteps, effective_sample_size, gradient_shares
-from upslope.estimators import k3
+from upslope.diagnostics.steps import ChosenSteps, gradient_shares
+from upslope.estimators import effective_sample_size, k3
 from upslope.trajectory import Batch, Evaluation, Policy, Signal, Trajectory, Tree
 
 _WATCHED = 64

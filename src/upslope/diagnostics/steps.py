@@ -8,19 +8,6 @@ import torch
 from torch import Tensor
 
 
-def effective_sample_size(log_ratio: Tensor) -> Tensor:
-    """The share of steps that importance weights leave: (sum w)^2 / (n sum w^2), w = e^log_ratio; 1 for equal weights.
-
-    >>> effective_sample_size(torch.tensor([3.0, 1.0]).log())
-    tensor(0.8000)
-
-    Args:
-        log_ratio: [n], l - b.
-    """
-    weight = (log_ratio - log_ratio.max()).exp()
-    return weight.sum().square() / (weight.numel() * weight.square().sum())
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChosenSteps:
     """Steps that the policy chose, as one or more optimiser steps saw them; all [n] and detached.

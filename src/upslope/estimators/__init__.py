@@ -21,6 +21,7 @@ from upslope.estimators.divergences import (
     k3,
     sampled_entropy,
 )
+from upslope.estimators.importance import effective_sample_size, per_decision_log_weight, self_normalised_weight
 from upslope.estimators.objectives import (
     adapted_coefficient,
     cispo,
@@ -77,6 +78,7 @@ __all__ = [
     "differential_td_residual",
     "discount_weight",
     "dpo_sigmoid",
+    "effective_sample_size",
     "fisher_vector_product",
     "fixed_length",
     "flatten",
@@ -97,10 +99,12 @@ __all__ = [
     "n_step_return",
     "negative_log_likelihood",
     "orpo",
+    "per_decision_log_weight",
     "reward_to_go",
     "robust_dpo",
     "sampled_entropy",
     "score_function",
+    "self_normalised_weight",
     "sequence_log_prob",
     "sequence_log_ratio",
     "simpo",
