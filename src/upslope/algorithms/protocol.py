@@ -74,6 +74,33 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NaturalStep:
+    """One step in the metric of the policy's own distributions, and passes of the critic alone after it.
+
+    x solves (F + damping) x = g, with g the gradient of minus the loss and F the mean Fisher matrix of a chosen step.
+
+    Attributes:
+        max_divergence: delta, the KL(old || new) per step that the step may reach; None with a step size.
+        step_size: theta + step_size x; None for sqrt(2 delta / x'Fx) x.
+        damping: added to the diagonal of F.
+        iterations: of conjugate gradient.
+        backtrack: each attempt's length over that of the one before.
+        attempts: of the line search, which asks for a smaller loss and KL <= delta; 0 takes the step unseen.
+        critic_epochs: passes of the critic over the batch.
+        critic_minibatches: its optimiser steps per pass.
+    """
+
+    max_divergence: float | None
+    step_size: float | None
+    damping: float
+    iterations: int
+    backtrack: float
+    attempts: int
+    critic_epochs: int
+    critic_minibatches: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
     """How the steps of one update are used.
 
@@ -96,6 +123,8 @@ class Passes:
         values_first: whether Psi needs the critic's values before the update, where there is a critic.
         kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
             looks at the last minibatch of each pass and stops beyond target_kl.
+        natural: the actor's only step is a natural one, and the critic is fitted apart; None for an optimiser's steps
+            on the loss of both.
     """
 
     epochs: int = 1
@@ -114,6 +143,7 @@ class Passes:
     proximal_in_advantage: bool = False
     proximal_in_prepare: bool = False
     values_first: bool = True
+    natural: NaturalStep | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
