@@ -1,4 +1,4 @@
-"""Where a language model's run begins: a folder, or what a recipe made, which is trained first if it is not there."""
+"""Where a run begins: a folder, or what a recipe made, which is trained first if it is not there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upslope.errors import UsageError
 
 if TYPE_CHECKING:
     from upslope.train import Result
-    from upslope.train.language import LanguageRun
+    from upslope.train.session import AnyRun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,14 +27,14 @@ class Made:
         resumed: it was there and had not come to its end.
     """
 
-    run: LanguageRun
+    run: AnyRun
     result: Result[Any, Any]
     seconds: float
     resumed: bool
 
 
 def find_start(
-    run: LanguageRun,
+    run: AnyRun,
     *,
     tell: Callable[[str], None],
     conclude: Callable[[Made], None],
@@ -57,7 +57,7 @@ def find_start(
     if run.start_from is None:
         return None
     if Path(run.start_from).is_dir():
-        _check_policy(Path(run.start_from))
+        _check_policy(Path(run.start_from), run)
         return Path(run.start_from)
     recipe = _recipe(run, run.start_from)
     if recipe.recipe in (*before, run.recipe):
@@ -74,8 +74,10 @@ def find_start(
     return made.result.directory
 
 
-def _check_policy(place: Path) -> None:
+def _check_policy(place: Path, run: AnyRun) -> None:
     """Refuse a folder that no policy can be in."""
+    from upslope.train import Run
+
     if (place / "policy").is_dir():
         return
     if (place / "metrics.jsonl").is_file() or (place / "start").is_dir():
@@ -85,33 +87,37 @@ def _check_policy(place: Path) -> None:
     if not (place / "config.json").is_file():
         raise UsageError(
             f"start_from={str(place)!r} is a folder without a policy (it has no config.json): give a run directory, or "
-            "a folder as transformers' save_pretrained writes it"
+            + ("a policy folder" if isinstance(run, Run) else "a folder as transformers' save_pretrained writes it")
         )
 
 
-def _recipe(run: LanguageRun, name: str) -> LanguageRun:
+def _recipe(run: AnyRun, name: str) -> AnyRun:
     """The recipe of that name, with what decides where and how it runs taken from the run that needs it."""
     from upslope.recipes import RECIPES, load_recipe
+    from upslope.train import Run
     from upslope.train.language import LanguageRun
 
+    kind = Run if isinstance(run, Run) else LanguageRun
     if ":" not in name and name not in RECIPES:
         raise UsageError(
             f"start_from={name!r} is neither a folder nor a recipe: give a policy folder, a run directory, or one of "
-            f"{', '.join(name for name, recipe in RECIPES.items() if isinstance(recipe(), LanguageRun))}"
+            f"{', '.join(name for name, recipe in RECIPES.items() if isinstance(recipe(), kind))}"
         )
     recipe = load_recipe(name)
-    if not isinstance(recipe, LanguageRun):
-        raise UsageError(f"start_from={name!r} trains an agent, and a language model is needed: give another recipe")
+    if not isinstance(recipe, kind):
+        trains, needed = ("a language model", "an agent") if kind is Run else ("an agent", "a language model")
+        raise UsageError(f"start_from={name!r} trains {trains}, and {needed} is needed: give another recipe")
     if recipe.recipe == "custom":
         recipe = dataclasses.replace(recipe, recipe=name)
     shown = ("tensorboard", "wandb", "wandb_project", "progress")
     log = dataclasses.replace(recipe.log, **{setting: getattr(run.log, setting) for setting in shown})
-    return dataclasses.replace(
-        recipe, seed=run.seed, directory=run.directory, threads=run.threads, device=run.device, log=log
-    )
+    recipe = dataclasses.replace(recipe, seed=run.seed, directory=run.directory, threads=run.threads, log=log)
+    if isinstance(recipe, LanguageRun) and isinstance(run, LanguageRun):
+        recipe = dataclasses.replace(recipe, device=run.device)
+    return recipe
 
 
-def _results(recipe: LanguageRun) -> list[Path]:
+def _results(recipe: AnyRun) -> list[Path]:
     """Directories of runs of this recipe with this seed."""
     from upslope.train.config_file import ConfigError, recorded_run
 
@@ -141,7 +147,7 @@ def _finished(place: Path) -> bool:
     return (place / "policy").stat().st_mtime_ns >= newest.path.stat().st_mtime_ns
 
 
-def _unlike(place: Path, recipe: LanguageRun) -> str:
+def _unlike(place: Path, recipe: AnyRun) -> str:
     """In which settings a result was made otherwise than the recipe says now."""
     from upslope.train.config_file import config_to_tree, differences, recorded_run
 
@@ -158,7 +164,7 @@ def _unlike(place: Path, recipe: LanguageRun) -> str:
 
 
 def _train(
-    recipe: LanguageRun, unfinished: Path | None, start: Path | None, tell: Callable[[str], None], waiting: str
+    recipe: AnyRun, unfinished: Path | None, start: Path | None, tell: Callable[[str], None], waiting: str
 ) -> Made:
     from upslope.train import resume, train
 

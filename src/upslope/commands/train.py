@@ -29,9 +29,9 @@ upslope.Run or an upslope.LanguageRun. Settings are the fields of the recipe's c
   upslope train arithmetic-grpo --steps 200 --experience.group 16
   upslope train my_recipe.py:hopper --name first-try
 
-A recipe of a language model may start from what another recipe made (start_from): its newest finished result with the
-same seed is taken, and where there is none that recipe is trained first. Several recipes are trained one after the
-other, with the same settings, and end in one table.
+A recipe may start from what another recipe made (start_from): its newest finished result with the same seed is taken,
+and where there is none that recipe is trained first; --start-from PATH takes a policy folder or a run directory. Several
+recipes are trained one after the other, with the same settings, and end in one table.
 
 `upslope train RECIPE --help` shows every setting of that recipe and what it is."""
 
@@ -91,14 +91,13 @@ def _train(name: str, run: AnyRun, settings: Sequence[str], made: list[_Trained]
 
 
 def _start(run: AnyRun, made: list[_Trained]) -> Path | None:
-    """The folder a language model's run begins with; what has to be trained before is concluded first."""
+    """The folder a run begins with; what has to be trained before is concluded first."""
     from upslope.train.language import LanguageRun
 
-    if not isinstance(run, LanguageRun):
-        return None
-    from upslope.policies.language.library import require_language
+    if isinstance(run, LanguageRun):
+        from upslope.policies.language.library import require_language
 
-    require_language()
+        require_language()
 
     def concluded(first: Made) -> None:
         code = conclude(

@@ -10,7 +10,7 @@ from upslope.algorithms import A2C, PPO, OneStepActorCritic, Reinforce
 from upslope.algorithms.protocol import ScheduleName
 from upslope.collect import EnvironmentConfig
 from upslope.policies import ActorCriticConfig
-from upslope.train.settings import at_least, check_choices, check_gamma, check_numbers, check_threads
+from upslope.train.settings import at_least, check_beginning, check_choices, check_gamma, check_numbers, check_threads
 
 AlgorithmConfig: TypeAlias = PPO | A2C | OneStepActorCritic | Reinforce
 """The algorithms a configuration file may name. A new algorithm is one file and its name in this line."""
@@ -133,12 +133,20 @@ class Run:
 
     recipe: str = "custom"
     """Which recipe this came from; names the run directory."""
+    start_from: str | None = None
+    """The policy to begin with: a policy folder, a run directory, or the name of a recipe, whose result is taken: its
+    weights and the statistics of its normalisers; None for weights made anew."""
     environment: EnvironmentConfig
     """Where experience comes from."""
     policy: ActorCriticConfig = field(default_factory=ActorCriticConfig)
     """What acts and values."""
     algorithm: AlgorithmConfig = field(default_factory=PPO)
     """What learns."""
+    reference: str | None = None
+    """The frozen policy that the algorithm stays close to, where it does: "start" for the one the run begins with, a
+    policy folder or a run directory; None takes "start" wherever one is needed."""
+    critic_first: int = 0
+    """Updates at the beginning in which the critic alone moves: worth some where start_from has none, or another's."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How much experience one update sees."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -165,6 +173,7 @@ class Run:
         at_least(1, steps=self.steps)
         check_threads(self.threads)
         at_least(0, seed=self.seed, every_steps=self.log.every_steps, diagnose_every=self.log.diagnose_every)
+        check_beginning(self)
         check_gamma(self.algorithm.gamma)
         check_numbers(self.algorithm)
         check_numbers(self.optimizer)

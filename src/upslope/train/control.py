@@ -26,6 +26,7 @@ from upslope.train.optimizer import FlatOptimizer
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import save
 from upslope.train.session import Figures, ResumeError
+from upslope.train.starting_weights import Hold, Places, begin, check_hashes
 from upslope.trajectory import Tree
 
 FIGURES = Figures(
@@ -53,18 +54,24 @@ class ControlSession:
         run: the configuration, resolved.
         environments: where experience comes from; closed with the session.
         encoder: the user's own encoder, if any.
+        places: of the policies the run begins with.
+
+    Raises:
+        UsageError: if a policy that the run begins with does not fit it.
     """
 
     figures = FIGURES
     failures = (EnvironmentFailureError, NonFiniteError)
 
-    def __init__(self, run: Run, environments: VectorEnvironment, *, encoder: nn.Module | None = None) -> None:
+    def __init__(self, run: Run, environments: VectorEnvironment, *, encoder: nn.Module | None, places: Places) -> None:
         self.run = run
         generator = torch_stream(run.seed, Purpose.INITIALISATION)
         spaces = (environments.observation_space, environments.action_space)
         self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
         self.spaces = [space_to_tree(space) for space in spaces]
+        self.beginning = begin(self.policy, run, places, encoder)
         optimizer = FlatOptimizer(self.policy, run.optimizer)
+        self.hold = Hold(self.policy, optimizer, run.critic_first)
         self.learner: Learner = GradientLearner(self.policy, run.algorithm, optimizer)
         self.meter = Meter(_actor_gradient(self.policy, optimizer)) if run.log.diagnose_every else None
         self.most_entropy = _most_entropy(environments.action_space)
@@ -107,13 +114,14 @@ class ControlSession:
         taken, every = self.collector.steps_taken, run.log.diagnose_every
         if self.meter is not None:
             self.meter.look(closely=(self.steps + taken) // every > self.steps // every)
+        self.hold.before(self.update)
         learned = self.learner.learn(
             seen,
             now=Now(progress=self.progress, state=self.algorithm_state),
             learning_rate=learning_rate,
             generator=stream(run.seed, Purpose.SHUFFLE, 0, self.update),
             meter=self.meter,
-            reference=None,
+            reference=self.beginning.reference,
         )
         policy.observe(trajectory)
         self.algorithm_state = learned.state
@@ -149,6 +157,7 @@ class ControlSession:
             "returns": list(self.returns),
             "lengths": list(self.lengths),
             "spaces": self.spaces,
+            "frozen": dict(self.beginning.hashes),
             "algorithm": dict(self.algorithm_state),
             "policy": {name: tensor.detach() for name, tensor in self.policy.state_dict().items()},
             "optimizer": self.learner.state(),
@@ -162,11 +171,12 @@ class ControlSession:
         Raises:
             ResumeError: if the spaces or the network are not those of the checkpoint.
         """
-        if "meter" not in tree:
+        if "frozen" not in tree:
             raise ResumeError(
                 "the checkpoint is of an earlier version of upslope, which this one cannot go on from: resume it with "
                 "the version named in its config.json, or start a new run"
             )
+        check_hashes(self.beginning.hashes, tree["frozen"])
         for what, old, new in zip(("observation", "action"), tree["spaces"], self.spaces, strict=True):
             if _listed(old) != _listed(new):
                 raise ResumeError(

@@ -12,7 +12,7 @@ from torch import nn
 from upslope.collect import EnvironmentConfig, Source, make_environments, resolve_environments
 from upslope.errors import UsageError, checking_usage
 from upslope.train.config import Run
-from upslope.train.config_file import read_evaluation, read_run
+from upslope.train.config_file import read_evaluation, read_run, recorded_frozen
 from upslope.train.control import ControlSession
 from upslope.train.evaluate import Evaluator
 from upslope.train.given import check_recorded, given_id, split_source, was_given
@@ -21,6 +21,7 @@ from upslope.train.loop import Callback, Result, Training
 from upslope.train.prepare import check_same, config_file, new_directory, threads
 from upslope.train.problems import check_ends, environments_of
 from upslope.train.run_directory import RunDirectory
+from upslope.train.starting_weights import Places, check_hashes, keep, places_in, places_of
 from upslope.train.storage import write_file_atomically
 
 _PACKAGES = ("upslope", "torch", "numpy", "gymnasium", "safetensors")
@@ -33,6 +34,8 @@ class Given:
     environments: Source | None
     evaluation_environments: Source | None
     encoder: nn.Module | None
+    start: Path | None
+    """The folder that `start_from` stands for."""
 
 
 def train_agent(run: Run, given: Given, callbacks: Sequence[Callback]) -> Result:
@@ -48,10 +51,12 @@ def train_agent(run: Run, given: Given, callbacks: Sequence[Callback]) -> Result
             run = replace(run, environment=resolution.config)
             check_ends(run, made_of)
             evaluator = _evaluator(run, given)
-            session = used.enter_context(_session(run, given))
+            session = used.enter_context(_session(run, given, places_of(run, given.start)))
             directory = used.enter_context(new_directory(run))
-            write_file_atomically(directory.config_path, config_file(run, _PACKAGES))
-            training = Training(session, directory, evaluator, callbacks, notes=resolution.notes)
+            keep(session.beginning, directory)
+            write_file_atomically(directory.config_path, _config_file(run, session))
+            notes = (*resolution.notes, *session.beginning.notes)
+            training = Training(session, directory, evaluator, callbacks, notes=notes)
         return training.finish()
 
 
@@ -73,9 +78,10 @@ def resume_agent(
                 require_wandb()
             check_ends(run, environments_of(run.environment, source))
             used.enter_context(threads(run.threads))
-            session = used.enter_context(_session(run, given))
+            session = used.enter_context(_session(run, given, places_in(run, directory)))
+            check_hashes(session.beginning.hashes, recorded_frozen(directory.path))
             training = Training(session, directory, _evaluator(run, given), callbacks, resumed=True)
-            write_file_atomically(directory.config_path, config_file(run, _PACKAGES))
+            write_file_atomically(directory.config_path, _config_file(run, session))
         return training.finish()
 
 
@@ -85,10 +91,19 @@ def _recorded(directory: Path) -> Run:
     return run
 
 
+def _config_file(run: Run, session: ControlSession) -> bytes:
+    return config_file(run, _PACKAGES, {"frozen": session.beginning.hashes})
+
+
 @contextmanager
-def _session(run: Run, given: Given) -> Iterator[ControlSession]:
+def _session(run: Run, given: Given, places: Places) -> Iterator[ControlSession]:
     source = environments_of(run.environment, given.environments)
-    session = ControlSession(run, make_environments(source, run.environment), encoder=given.encoder)
+    environments = make_environments(source, run.environment)
+    try:
+        session = ControlSession(run, environments, encoder=given.encoder, places=places)
+    except BaseException:
+        environments.close()
+        raise
     try:
         yield session
     finally:

@@ -39,6 +39,7 @@ class FlatOptimizer:
             raise ValueError("all trainable parameters must have one type and one device")
         self.config = config
         self.skipped = 0
+        self.held: torch.Tensor | None = None
         self.flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
         self.gradient = torch.zeros_like(self.flat)
         self.flat.grad = self.gradient
@@ -62,6 +63,8 @@ class FlatOptimizer:
     def step(self, learning_rate: float) -> float:
         """Clip and take one step; a gradient that is not finite is skipped and counted.
 
+        Where `held` is set, [parameters] bool, the parameters that it marks have no gradient.
+
         Args:
             learning_rate: for this step.
 
@@ -71,6 +74,8 @@ class FlatOptimizer:
         Raises:
             NonFiniteGradientError: after `max_skipped` skipped steps in a row.
         """
+        if self.held is not None:
+            self.gradient.masked_fill_(self.held, 0.0)
         norm = float(torch.linalg.vector_norm(self.gradient))
         if not norm < float("inf"):
             self.skipped += 1

@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MOST_THREADS = 1024
 
+START = "start"
+"""The name of the policy a run begins with, where it is the reference."""
+
 
 def at_least(least: int, **settings: float) -> None:
     """Refuse numbers below `least`, by name."""
@@ -46,3 +49,15 @@ def check_threads(threads: int) -> None:
     at_least(1, threads=threads)
     if threads > MOST_THREADS:
         raise ValueError(f"threads must be at most {MOST_THREADS}, got {threads}; small networks want 1")
+
+
+def check_beginning(run: Any) -> None:
+    """Refuse a reference that nobody asks for, and an actor held still that would move all the same."""
+    at_least(0, critic_first=run.critic_first)
+    name, passes = type(run.algorithm).__name__, run.algorithm.passes
+    if passes.reference == "none" and run.reference is not None:
+        raise ValueError(f"{name} as configured has no reference: set reference to None, or a KL coefficient above 0")
+    if run.critic_first and not passes.critic:
+        raise ValueError(f"{name} as configured has no critic to train alone: set critic_first to 0")
+    if run.critic_first and run.optimizer.weight_decay:
+        raise ValueError("critic_first holds the actor still, and weight_decay would move it: set one of them to 0")

@@ -35,6 +35,7 @@ def train(
     environments: Source | None = None,
     evaluation_environments: Source | None = None,
     encoder: nn.Module | None = None,
+    start: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result[ActorCritic, EvaluationReport]: ...
 
@@ -73,8 +74,8 @@ def train(
             one can be made, unless the run never evaluates.
         encoder: of an agent: a module of the user's own to read observations with.
         task: of a language model: prompts and rewards of the user's own, in place of what `run.task` builds.
-        start: of a language model: the folder (or run directory) that `run.start_from` stands for; needed where that is
-            the name of a recipe.
+        start: the folder (or run directory) that `run.start_from` stands for; needed where that is the name of a
+            recipe.
         callbacks: called after every update.
 
     Returns:
@@ -88,8 +89,8 @@ def train(
     """
     if run.log.wandb:
         require_wandb()
-    given = Given(environments, evaluation_environments, encoder)
-    language = LanguageGiven(task, None if start is None else Path(start))
+    begun = None if start is None else Path(start)
+    given, language = Given(environments, evaluation_environments, encoder, begun), LanguageGiven(task, begun)
     _check_given(isinstance(run, LanguageRun), given, language)
     if isinstance(run, LanguageRun):
         return train_language(run, language, callbacks)
@@ -114,15 +115,15 @@ def resume(
         run: its configuration, needed only where the recipe uses classes of the user's own.
         steps: a new total of environment steps, or of a language model's updates.
         environments, evaluation_environments, encoder, task, callbacks: as given to `train`. An environment with an id
-            `module:Name-v0` has to be named again, since making it imports the module. What a language model started
-            from lies in the run directory.
+            `module:Name-v0` has to be named again, since making it imports the module. What a run started from lies in
+            the run directory.
 
     Raises:
         RunDirectoryError: if there is no run there or it is in use.
         UsageError: if the environment or the task has to be passed again.
         ResumeError: if the configuration, the spaces, the network or the frozen policies changed.
     """
-    given, language = Given(environments, evaluation_environments, encoder), LanguageGiven(task, None)
+    given, language = Given(environments, evaluation_environments, encoder, None), LanguageGiven(task, None)
     with RunDirectory.open(Path(directory)) as opened:
         speaks = recorded_run(opened.path).get("class") == LanguageRun.__name__
         if run is not None and isinstance(run, LanguageRun) != speaks:
@@ -137,5 +138,5 @@ def _check_given(speaks: bool, given: Given, language: LanguageGiven) -> None:
     """Refuse what belongs to the other kind of run."""
     if speaks and not (given.environments is None and given.evaluation_environments is None and given.encoder is None):
         raise UsageError("a language model is trained on a task: give task=..., not environments or an encoder")
-    if not speaks and not (language.task is None and language.start is None):
-        raise UsageError("an agent is trained in environments: give environments=..., not task or start")
+    if not speaks and language.task is not None:
+        raise UsageError("an agent is trained in environments: give environments=..., not task")

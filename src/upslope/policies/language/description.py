@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from upslope.errors import UsageError
+from upslope.policies.content import content_hash as content_hash
 from upslope.policies.language.sampling import Sampling
 
 DESCRIPTION = "upslope.json"
@@ -84,16 +81,3 @@ def _parse(content: Any, path: Path) -> Description:
                 content_hash=digest, value_head=value_head, precision=precision, sampling=Sampling(**sampling)
             )
     raise ValueError("entries are missing or of another type")
-
-
-def content_hash(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights, in the order of their names; 64 hex digits.
-
-    Equal for equal weights wherever they lie; another one if one bit of one weight differs.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        plain = tensor.detach().to("cpu").contiguous()
-        digest.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
-        digest.update(memoryview(plain.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()

@@ -17,10 +17,8 @@ from upslope.collect.tasks.gym import ReasoningGym
 from upslope.collect.tasks.protocol import Task
 from upslope.policies.language.config import LanguageModelConfig
 from upslope.train.config import CheckpointConfig, LogConfig, OptimizerConfig
+from upslope.train.settings import START as START
 from upslope.train.settings import at_least, check_choices, check_gamma, check_numbers, check_threads
-
-START = "start"
-"""The name of the policy a run begins with, where it is the reference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,6 +27,7 @@ from upslope.train.language.config import START, LanguageRun
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import save
 from upslope.train.session import ResumeError
+from upslope.train.starting_weights import check_hashes as check_hashes
 from upslope.train.storage import write_file_atomically
 from upslope.trajectory import Trajectory
 
@@ -128,20 +129,6 @@ def freeze_again(run: LanguageRun, task: Task, directory: RunDirectory, recorded
     frozen = _frozen(task, policy, reference, None, pairs)
     check_hashes(frozen.hashes, recorded)
     return replace(frozen, rewards=reward_pool(run, task))
-
-
-def check_hashes(found: dict[str, str], recorded: dict[str, str]) -> None:
-    """Refuse to go on from anything else than what the run began with.
-
-    Raises:
-        ResumeError: naming what differs.
-    """
-    if found != recorded:
-        names = sorted(name for name in {*found, *recorded} if found.get(name) != recorded.get(name))
-        raise ResumeError(
-            f"{' and '.join(names)} in the run directory are not what the run began with (their hashes differ): bring "
-            "them back from a copy, or start a new run"
-        )
 
 
 def reward_pool(run: LanguageRun, task: Task) -> RewardPool | None:

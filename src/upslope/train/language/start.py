@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upslope.collect.tasks.protocol import Task
-from upslope.errors import UsageError, checking_usage
+from upslope.errors import checking_usage
 from upslope.policies.language.library import require_language
 from upslope.train.config_file import read_run, recorded_frozen
 from upslope.train.language.config import GivenTask, LanguageRun
@@ -21,6 +21,7 @@ from upslope.train.log import require_wandb
 from upslope.train.loop import Callback, Result, Training
 from upslope.train.prepare import check_same, config_file, new_directory, threads
 from upslope.train.run_directory import RunDirectory
+from upslope.train.starting_weights import start_folder
 from upslope.train.storage import write_file_atomically
 
 _PACKAGES = ("upslope", "torch", "numpy", "safetensors", "transformers", "tokenizers")
@@ -45,7 +46,7 @@ def train_language(run: LanguageRun, given: LanguageGiven, callbacks: Sequence[C
     with threads(run.threads), ExitStack() as used:
         with checking_usage():
             run, task = _task(run, given.task)
-            frozen = freeze_new(run, task, _start(run, given.start))
+            frozen = freeze_new(run, task, start_folder(run.start_from, given.start))
             if frozen.rewards is not None:
                 used.callback(frozen.rewards.close)
             session = used.enter_context(closing(LanguageSession(run, frozen)))
@@ -99,23 +100,3 @@ def _task(run: LanguageRun, given: Task | None) -> tuple[LanguageRun, Task]:
     if given is None:
         return run, run.task.build(run.seed)
     return replace(run, task=GivenTask(name=given.name)), given
-
-
-def _start(run: LanguageRun, given: Path | None) -> Path | None:
-    """The folder that a run begins with.
-
-    Raises:
-        UsageError: if none can be told.
-    """
-    if run.start_from is None:
-        if given is not None:
-            raise UsageError("start is the folder that run.start_from stands for, which is None: set start_from, too")
-        return None
-    place = Path(run.start_from) if given is None else given
-    if not place.is_dir():
-        raise UsageError(
-            f"start_from={run.start_from!r} is no folder{'' if given is None else f', and neither is {given}'}: give a "
-            "policy folder or a run directory; for the name of a recipe train that one first and give its run "
-            "directory, start=... in Python"
-        )
-    return place
