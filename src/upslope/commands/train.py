@@ -30,8 +30,8 @@ upslope.Run or an upslope.LanguageRun. Settings are the fields of the recipe's c
   upslope train my_recipe.py:hopper --name first-try
 
 A recipe may start from what another recipe made (start_from): its newest finished result with the same seed is taken,
-and where there is none that recipe is trained first; --start-from PATH takes a policy folder or a run directory. Several
-recipes are trained one after the other, with the same settings, and end in one table.
+and where there is none that recipe is trained first; --start-from PATH takes a policy folder or a run directory.
+Several recipes are trained one after the other, with the same settings, and end in one table.
 
 `upslope train RECIPE --help` shows every setting of that recipe and what it is."""
 
