@@ -57,26 +57,68 @@ class MultiBinary:
 
 
 Leaf: TypeAlias = Box | Discrete | MultiDiscrete | MultiBinary
+"""What an action may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActionMask:
+    """Which actions are valid: one bool per choice, the choices of a MultiDiscrete one after the other.
+
+    It is an entry of what a policy sees, called `ACTION_MASK`, and no input of its networks: an action whose entry is
+    False has probability 0.
+
+    Attributes:
+        sizes: how many choices there are: `(n,)` for a Discrete of n, `choices` for a MultiDiscrete.
+    """
+
+    sizes: tuple[int, ...]
+
+
+ACTION_MASK = "action_mask"
+"""The name of the entry that holds the mask."""
+OBSERVATION = "observation"
+"""The name of the entry that holds what is seen, where that is one leaf and a mask was added to it."""
+
+ObservationLeaf: TypeAlias = Leaf | ActionMask
+"""What an entry of an observation may be."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composite:
     """Several named leaves, in a fixed order."""
 
-    entries: tuple[tuple[str, Leaf], ...]
+    entries: tuple[tuple[str, ObservationLeaf], ...]
 
 
 Space: TypeAlias = Leaf | Composite
 
-_LEAVES: dict[str, type[Leaf]] = {
+_LEAVES: dict[str, type[ObservationLeaf]] = {
     "Box": Box,
     "Discrete": Discrete,
     "MultiDiscrete": MultiDiscrete,
     "MultiBinary": MultiBinary,
+    "ActionMask": ActionMask,
 }
 
 
-def space_to_tree(space: Space) -> dict[str, object]:
+def masked_sizes(space: Space) -> tuple[int, ...] | None:
+    """The sizes of the mask among the entries of a space, or None if there is none."""
+    leaf = dict(space.entries).get(ACTION_MASK) if isinstance(space, Composite) else None
+    return leaf.sizes if isinstance(leaf, ActionMask) else None
+
+
+def without_mask(space: Space) -> Space:
+    """What the networks see of a space: all but the mask; an entry `OBSERVATION` that is left alone, by itself."""
+    if masked_sizes(space) is None or not isinstance(space, Composite):
+        return space
+    entries = tuple((name, leaf) for name, leaf in space.entries if name != ACTION_MASK)
+    name, leaf = entries[0]
+    return (
+        leaf if len(entries) == 1 and name == OBSERVATION and not isinstance(leaf, ActionMask) else Composite(entries)
+    )
+
+
+def space_to_tree(space: Space | ActionMask) -> dict[str, object]:
     """The space as plain nested dicts, for a configuration file."""
     if isinstance(space, Composite):
         return {"kind": "Composite", "entries": {name: space_to_tree(leaf) for name, leaf in space.entries}}
@@ -97,10 +139,13 @@ def space_from_tree(tree: Mapping[str, object]) -> Space:
         if not isinstance(entries, Mapping):
             raise ValueError("a Composite space needs a mapping called 'entries'")
         return Composite(tuple((str(name), _leaf_from_tree(leaf)) for name, leaf in entries.items()))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    return _leaf_from_tree(tree)
+    leaf = _leaf_from_tree(tree)
+    if isinstance(leaf, ActionMask):
+        raise ValueError("an ActionMask is an entry of a Composite space, beside what is seen")
+    return leaf
 
 
-def _leaf_from_tree(tree: object) -> Leaf:
+def _leaf_from_tree(tree: object) -> ObservationLeaf:
     if not isinstance(tree, Mapping):
         raise ValueError(f"a space is described by a mapping, got {type(tree).__name__}")
     fields: dict[str, object] = {str(k): tuple(v) if isinstance(v, list) else v for k, v in tree.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

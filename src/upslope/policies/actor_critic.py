@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from upslope.policies.config import ActorCriticConfig, build_head, config_from_tree, saved_space
 from upslope.policies.distributions import HeadDistribution
+from upslope.policies.masking import Masking, join_mask
 from upslope.policies.networks import MLP, build_encoder, forward_pair, is_vector_only
 from upslope.policies.normalizer import ObservationNormalizer, RewardNormalizer
 from upslope.policies.raw import read_observation
@@ -64,6 +65,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.observation_space, self.action_space, self.config = observation_space, action_space, config
         self.head = build_head(action_space, config)
+        self.masking = Masking.of(observation_space, action_space)
         self.observation_normalizer = (
             ObservationNormalizer(observation_space, clip=config.observation_clip)
             if config.normalize_observation
@@ -155,8 +157,7 @@ class ActorCritic(nn.Module):
         else:
             together = torch.cat([observation, cast("Tensor", final)])
         together = self._normalized(together)
-        features = self._shared_features(together) if self.critic_encoder is None else self.critic_encoder(together)
-        value = self.critic(features).view(-1)
+        value = self.critic(self._critic_features(together)).view(-1)
         count = trajectory.reward.numel()
         present = value[:count].view(shape)
         return present, trajectory.next_value(present, value[count:])
@@ -167,23 +168,28 @@ class ActorCritic(nn.Module):
             self.observation_normalizer.update(trajectory.observation, trajectory.mask)
 
     def action_parameters(self, observation: Observation) -> Tensor:
-        """Parameters [M, P] of the action distributions, for normalised observations [M, ...]."""
-        return self.actor(self._shared_features(observation))
+        """Parameters [M, P] of the action distributions, for normalised observations [M, ...]; masked."""
+        return self.masking.apply(self.actor(self._shared_features(observation)), observation)
 
     def _shared_features(self, observation: Observation) -> Tensor:
-        features = self.encoder(observation)
+        features = self.encoder(self.masking.seen(observation))
         return features if self.torso is None else self.torso(features)
 
     def _outputs(self, observation: Observation) -> tuple[Tensor, Tensor | None]:
-        """Parameters [M, P] and values [M], for normalised observations."""
+        """Masked parameters [M, P] and values [M], for normalised observations."""
         features = self._shared_features(observation)
         if self.critic is None:
-            return self.actor(features), None
+            return self.masking.apply(self.actor(features), observation), None
         if self.critic_encoder is None:
             parameters, value = forward_pair(self.actor, self.critic, features)
         else:
-            parameters, value = self.actor(features), self.critic(self.critic_encoder(observation))
-        return parameters, value.view(-1)
+            parameters, value = self.actor(features), self.critic(self._critic_features(observation))
+        return self.masking.apply(parameters, observation), value.view(-1)
+
+    def _critic_features(self, observation: Observation) -> Tensor:
+        if self.critic_encoder is None:
+            return self._shared_features(observation)
+        return self.critic_encoder(self.masking.seen(observation))
 
     def _normalized(self, observation: Observation) -> Observation:
         return observation if self.observation_normalizer is None else self.observation_normalizer(observation)
@@ -209,15 +215,31 @@ class ActorCritic(nn.Module):
     def sampler(self) -> ActorSampler:
         """A lean view for rollouts; take a new one per rollout."""
         return ActorSampler(
-            self.head, self.encoder, self.torso, self.actor, self.observation_normalizer, vector_only=self.vector_only
+            self.head,
+            self.encoder,
+            self.torso,
+            self.actor,
+            self.observation_normalizer,
+            self.masking,
+            vector_only=self.vector_only,
         )
 
-    def act(self, observation: Any, *, deterministic: bool = True, generator: np.random.Generator | None = None) -> Any:
+    def act(
+        self,
+        observation: Any,
+        *,
+        action_mask: Any = None,
+        deterministic: bool = True,
+        generator: np.random.Generator | None = None,
+    ) -> Any:
         """What to give to `env.step` for what `env.reset` or `env.step` gave.
 
         Args:
             observation: a single observation or a batch of them (a vector environment's), as Gymnasium has it: an
                 array or a number, or dicts and tuples of them.
+            action_mask: which actions are valid, if the policy was trained with masks: `info["action_mask"]` or what
+                the environment's method gave, a row per observation for a batch. Left out where the observation
+                already holds it, as those of `upslope.collect.make_environments` do.
             deterministic: the most likely action (the default), or else a sample.
             generator: of the sample; None takes fresh entropy from the system.
 
@@ -225,8 +247,11 @@ class ActorCritic(nn.Module):
             An action in the environment's terms, or an array of them for a batch.
 
         Raises:
-            ValueError: if the observation does not fit the observation space or is not finite.
+            ValueError: if the observation does not fit the observation space or is not finite; if a mask is missing,
+                does not fit or leaves no valid action.
         """
+        if action_mask is not None:
+            observation = join_mask(self.observation_space, observation, action_mask)
         arrays, single = read_observation(self.observation_space, observation)
         sampler = self.sampler()
         if deterministic:

@@ -12,7 +12,18 @@ import numpy as np
 from upslope.policies.continuous import Beta, Gaussian, SquashedGaussian
 from upslope.policies.distributions import Bernoulli, Categorical, Head, MultiCategorical
 from upslope.policies.networks import ActivationName, EncoderName, ImageLayout
-from upslope.spaces import Box, Composite, Discrete, Leaf, MultiBinary, MultiDiscrete, Space, space_from_tree
+from upslope.spaces import (
+    ActionMask,
+    Box,
+    Composite,
+    Discrete,
+    Leaf,
+    MultiBinary,
+    MultiDiscrete,
+    ObservationLeaf,
+    Space,
+    space_from_tree,
+)
 from upslope.typed_tree import read_fields
 
 
@@ -110,7 +121,7 @@ def saved_space(tree: Mapping[str, Any], where: str, largest: int) -> Space:
     if isinstance(space, Composite):
         leaves = [(name, _checked(leaf, f"{where}.{name}", largest)) for name, leaf in space.entries]
         return Composite(tuple(leaves))
-    return _checked(space, where, largest)
+    return _checked_leaf(space, where, largest)
 
 
 def _mapping(tree: object, where: str) -> Mapping[str, Any]:
@@ -119,7 +130,16 @@ def _mapping(tree: object, where: str) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", tree)
 
 
-def _checked(leaf: Leaf, where: str, largest: int) -> Leaf:
+def _checked(leaf: ObservationLeaf, where: str, largest: int) -> ObservationLeaf:
+    if not isinstance(leaf, ActionMask):
+        return _checked_leaf(leaf, where, largest)
+    mask = read_fields(ActionMask, asdict(leaf), where)
+    if not mask.sizes or any(size < 0 for size in mask.sizes) or sum(mask.sizes) > largest:
+        raise ValueError(f"{where} is no mask that the policy of these tensors can have: {mask}")
+    return mask
+
+
+def _checked_leaf(leaf: Leaf, where: str, largest: int) -> Leaf:
     leaf = read_fields(type(leaf), asdict(leaf), where)
     start: tuple[int, ...] = ()
     match leaf:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.policies.fused import Layout, activate, append_constant, mlps
-from upslope.spaces import Box, Composite, Discrete, Leaf, MultiDiscrete, Space
+from upslope.spaces import ActionMask, Box, Composite, Discrete, Leaf, MultiDiscrete, Space, without_mask
 from upslope.trajectory import ObservationArrays
 
 ActivationName: TypeAlias = Literal["tanh", "relu", "gelu", "silu", "elu"]
@@ -304,14 +304,18 @@ def build_encoder(
 ) -> VectorEncoder | ImageEncoder | CompositeEncoder:
     """The encoder of a space: convolutions for images where `kind` says so (see `ActorCriticConfig`), vectors else.
 
+    It takes what is left of an observation without the mask of valid actions, if there is one.
+
     Raises:
         ValueError: if a convolutional encoder is asked for and no leaf is an image, or an image is too small.
     """
+    space = without_mask(space)
     if isinstance(space, Composite):
-        kinds: dict[str, EncoderName] = {name: _leaf_kind(leaf, kind, layout) for name, leaf in space.entries}
+        entries = [(name, leaf) for name, leaf in space.entries if not isinstance(leaf, ActionMask)]
+        kinds: dict[str, EncoderName] = {name: _leaf_kind(leaf, kind, layout) for name, leaf in entries}
         if kind in ("nature_cnn", "small_cnn") and set(kinds.values()) == {"mlp"}:
             raise ValueError(f'encoder="{kind}" needs an image among the observations, got {space}: use encoder="mlp"')
-        leaves = {name: _build_leaf(leaf, kinds[name], layout, gain, generator) for name, leaf in space.entries}
+        leaves = {name: _build_leaf(leaf, kinds[name], layout, gain, generator) for name, leaf in entries}
         return CompositeEncoder(dict(leaves))
     chosen: EncoderName = _leaf_kind(space, kind, layout) if kind == "auto" else kind
     return _build_leaf(space, chosen, layout, gain, generator)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.estimators.recurrence import backward_recurrence
-from upslope.spaces import Box, Composite, Leaf, Space
+from upslope.spaces import Box, Composite, ObservationLeaf, Space
 from upslope.trajectory import Observation, ObservationArrays, Trajectory
 
 _EPSILON = 1e-8
@@ -71,7 +71,7 @@ def _standardised(statistics: RunningStatistics, values: Tensor, clip: float) ->
     return result.clamp_(-clip, clip)
 
 
-def is_normalizable(leaf: Leaf) -> bool:
+def is_normalizable(leaf: ObservationLeaf) -> bool:
     """Whether a leaf holds measurements: real numbers, neither bytes of an image nor bits nor choices."""
     return isinstance(leaf, Box) and not leaf.is_image and leaf.dtype.startswith("float")
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from upslope.spaces import Box, Composite, Discrete, Leaf, MultiDiscrete, Space
+from upslope.policies.masking import has_valid
+from upslope.spaces import ACTION_MASK, ActionMask, Box, Composite, Discrete, MultiDiscrete, ObservationLeaf, Space
 from upslope.trajectory import ObservationArrays
 
 
@@ -25,6 +26,11 @@ def read_observation(space: Space, observation: Any) -> tuple[ObservationArrays,
         return _leaf(space, "the observation", observation)
     entries = _flattened(observation)
     wanted = [name for name, _ in space.entries]
+    if set(wanted) - set(entries) == {ACTION_MASK}:
+        raise ValueError(
+            "this policy was trained with masks of valid actions, and got none: pass "
+            'act(observation, action_mask=info["action_mask"])'
+        )
     if set(entries) != set(wanted):
         raise ValueError(f"the observation must have the entries {sorted(wanted)}, got {sorted(entries)}")
     arrays: dict[str, np.ndarray] = {}
@@ -50,7 +56,7 @@ def _flattened(observation: Any, path: str = "") -> dict[str, Any]:
     return entries
 
 
-def _leaf(leaf: Leaf, what: str, observation: Any) -> tuple[np.ndarray, bool]:
+def _leaf(leaf: ObservationLeaf, what: str, observation: Any) -> tuple[np.ndarray, bool]:
     array = np.asarray(observation)
     shape = leaf_shape(leaf)
     single = array.shape == shape
@@ -69,6 +75,11 @@ def _leaf(leaf: Leaf, what: str, observation: Any) -> tuple[np.ndarray, bool]:
     array = array.reshape(1, *shape) if single else array
     if isinstance(leaf, Box):
         return array.astype(leaf.dtype, copy=False), single
+    if isinstance(leaf, ActionMask):
+        mask = array.astype(bool)
+        if not all(has_valid(row, leaf.sizes) for row in mask):
+            raise ValueError(f"{what} leaves no valid action: {observation}")
+        return mask, single
     array = array.astype(np.int64)
     if isinstance(leaf, Discrete | MultiDiscrete):
         array = array - np.array(leaf.start)
@@ -77,12 +88,14 @@ def _leaf(leaf: Leaf, what: str, observation: Any) -> tuple[np.ndarray, bool]:
     return array, single
 
 
-def leaf_shape(leaf: Leaf) -> tuple[int, ...]:
+def leaf_shape(leaf: ObservationLeaf) -> tuple[int, ...]:
     """The shape of one observation of a leaf."""
     if isinstance(leaf, Box):
         return leaf.shape
     if isinstance(leaf, Discrete):
         return ()
+    if isinstance(leaf, ActionMask):
+        return (sum(leaf.sizes),)
     return (len(leaf.choices) if isinstance(leaf, MultiDiscrete) else leaf.n,)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from upslope.policies.distributions import Head
+from upslope.policies.masking import Masking
 from upslope.policies.networks import MLP, LeanMLP, encode_arrays
 from upslope.policies.normalizer import ObservationNormalizer
 from upslope.trajectory import ObservationArrays, map_observation
@@ -27,10 +28,12 @@ class ActorSampler:
         torso: MLP | None,
         actor: MLP,
         normalizer: ObservationNormalizer | None,
+        masking: Masking,
         *,
         vector_only: bool,
     ) -> None:
         self._head, self._encoder, self._vector_only = head, encoder, vector_only
+        self._masking = masking
         self._normalize = None if normalizer is None else normalizer.lean()
         self._torso = None if torso is None else LeanMLP(torso)
         self._actor = LeanMLP(actor)
@@ -56,13 +59,11 @@ class ActorSampler:
         """[N, P]: parameters of the action distributions for observations [N, ...] as the environment gives them."""
         if self._normalize is not None:
             observation = self._normalize(observation)
-        if self._vector_only:
-            features = encode_arrays(self._encoder, observation, self._actor.dtype)
-        else:
-            features = self._encoded(observation)
+        seen = self._masking.seen(observation)
+        features = encode_arrays(self._encoder, seen, self._actor.dtype) if self._vector_only else self._encoded(seen)
         if self._torso is not None:
             features = self._torso(features)
-        return self._actor(features)
+        return self._masking.apply_arrays(self._actor(features), observation)
 
     def _encoded(self, observation: ObservationArrays) -> np.ndarray:
         with torch.no_grad():

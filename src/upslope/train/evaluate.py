@@ -14,7 +14,7 @@ from upslope.collect import EnvironmentConfig, Source, evaluate_policy, make_env
 from upslope.collect.vector import VectorEnvironment
 from upslope.errors import UsageError, checking_usage
 from upslope.policies import ActorCritic
-from upslope.spaces import Box, Composite, Leaf, Space
+from upslope.spaces import Box, Composite, Space
 from upslope.train.config import EvaluationConfig
 from upslope.train.config_file import read_evaluation
 from upslope.train.given import check_recorded, split_source
@@ -145,12 +145,13 @@ def _check_spaces(policy: ActorCritic, environments: VectorEnvironment) -> None:
 
 def _unbounded(space: Space) -> Space:
     if isinstance(space, Composite):
-        return Composite(tuple((name, _boundless(leaf)) for name, leaf in space.entries))
-    return _boundless(space)
+        entries = ((name, _boundless(leaf) if isinstance(leaf, Box) else leaf) for name, leaf in space.entries)
+        return Composite(tuple(entries))
+    return _boundless(space) if isinstance(space, Box) else space
 
 
-def _boundless(leaf: Leaf) -> Leaf:
-    return replace(leaf, low=-math.inf, high=math.inf) if isinstance(leaf, Box) else leaf
+def _boundless(leaf: Box) -> Box:
+    return replace(leaf, low=-math.inf, high=math.inf)
 
 
 def evaluate_run(
