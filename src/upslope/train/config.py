@@ -24,9 +24,20 @@ class RolloutConfig:
     """Steps per environment and update; None when whole episodes are collected."""
     episodes: int | None = None
     """Whole episodes per update, over all environments; None when fragments are collected."""
+    lag: int = 0
+    """How many updates older than the policy that learns the one that acts is: its parameters and normaliser statistics
+    of then; 0 for the one that learns."""
+    behaviour: str | None = None
+    """Another policy that acts throughout: a policy folder or a run directory; None for the one that learns."""
+    batches: int = 1
+    """Rollouts learnt from together: those of the last so many updates, each with the log-probs of who acted."""
 
     def __post_init__(self) -> None:
-        """Exactly one of the two."""
+        """Exactly one of the two lengths, and one who acts."""
+        at_least(0, lag=self.lag)
+        at_least(1, batches=self.batches)
+        if self.behaviour is not None and self.lag:
+            raise ValueError(f"the policy {self.behaviour!r} acts throughout and grows no older: set lag to 0")
         if (self.steps is None) == (self.episodes is None):
             raise ValueError("a rollout is either `steps` per environment or whole `episodes`: set one, the other None")
         if (self.steps or self.episodes or 0) < 1:

@@ -6,7 +6,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from upslope.diagnostics import Meter
 from upslope.policies import ActorCritic
 from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to_tree
 from upslope.streams import Purpose, stream, torch_stream
+from upslope.train.acting import Acting
 from upslope.train.config import Run
 from upslope.train.given import environment_again
 from upslope.train.learner import GradientLearner, Learner
@@ -70,6 +70,7 @@ class ControlSession:
         self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
         self.spaces = [space_to_tree(space) for space in spaces]
         self.beginning = begin(self.policy, run, places, encoder)
+        self.acting = Acting(self.policy, run.rollout, given=self.beginning.behaviour)
         optimizer = FlatOptimizer(self.policy, run.optimizer)
         self.hold = Hold(self.policy, optimizer, run.critic_first)
         self.learner: Learner = GradientLearner(self.policy, run.algorithm, optimizer)
@@ -105,11 +106,9 @@ class ControlSession:
         """One update: collect, learn, and only then let the normalisers see what was collected."""
         run, policy = self.run, self.policy
         start = time.perf_counter()
-        trajectory = self.collector.collect(policy, self.update)
+        trajectory = self.collector.collect(self.acting.policy(), self.update)
         collected = time.perf_counter()
-        seen = trajectory
-        if policy.reward_normalizer is not None:
-            seen = replace(trajectory, reward=policy.reward_normalizer.scale(trajectory, self.algorithm.gamma))
+        seen = self.acting.gather(trajectory, self.update, self.algorithm.gamma)
         learning_rate = scheduled(run.optimizer.schedule, run.optimizer.learning_rate, self.progress)
         taken, every = self.collector.steps_taken, run.log.diagnose_every
         if self.meter is not None:
@@ -131,7 +130,10 @@ class ControlSession:
             self.episodes += 1
             self.returns.append(episode_return)
             self.lengths.append(length)
-        metrics = {**learned.metrics, **{f"state/{name}": number for name, number in learned.state.items()}}
+        metrics = {
+            **self.acting.named(learned.metrics),
+            **{f"state/{name}": number for name, number in learned.state.items()},
+        }
         metrics["learning_rate"], metrics["progress"] = learning_rate, self.progress
         if self.meter is not None and self.most_entropy is not None and "entropy" in metrics:
             metrics["entropy_share"] = metrics["entropy"] / self.most_entropy
@@ -161,6 +163,7 @@ class ControlSession:
             "algorithm": dict(self.algorithm_state),
             "policy": {name: tensor.detach() for name, tensor in self.policy.state_dict().items()},
             "optimizer": self.learner.state(),
+            "acting": self.acting.state(),
             "meter": None if self.meter is None else self.meter.state(),
             "collector": environments,
         }
@@ -190,6 +193,7 @@ class ControlSession:
                 f"the checkpoint's network is not the one configured: {error}. Resume without changing the policy"
             ) from error
         self.learner.load_state(tree["optimizer"])
+        self.acting.load_state(tree["acting"])
         if self.meter is not None and tree["meter"] is not None:
             self.meter.load_state(tree["meter"])
         self.algorithm_state = dict(tree["algorithm"])

@@ -41,6 +41,7 @@ class RunDirectory:
     |---------------------|-------------------------------------------------------------|
     | `start`             | folder of the policy the run began with                     |
     | `reference`         | folder of the frozen reference, if it is another one        |
+    | `behaviour`         | folder of another policy that acts throughout               |
     | `pairs(name)`       | `NAME.jsonl`, pairs that were drawn, to learn from or judge |
     | `completions_path`  | `completions.jsonl`, append-only                            |
     | `samples_path`      | `samples.json`, completions of the first and last evaluation |
@@ -162,6 +163,11 @@ class RunDirectory:
     def reference(self) -> Path:
         """The folder of the frozen reference, where it is not the start."""
         return self.path / "reference"
+
+    @property
+    def behaviour(self) -> Path:
+        """The folder of another policy that acts throughout."""
+        return self.path / "behaviour"
 
     @property
     def completions_path(self) -> Path:

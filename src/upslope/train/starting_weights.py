@@ -1,7 +1,9 @@
-"""What an agent's run begins with and never changes: the starting policy, and the one that a distance is taken from.
+"""What an agent's run begins with and never changes: the starting policy, the one that a distance is taken from, and
+the one that acts where that is another than the one that learns.
 
-Both lie in the run directory, so that going on depends on nothing outside it: the starting policy as `start/`, a
-reference that is another policy as `reference/`. Their hashes stand in `config.json` and in every checkpoint.
+They lie in the run directory, so that going on depends on nothing outside it: the starting policy as `start/`, a
+reference that is another policy as `reference/`, the policy that acts as `behaviour/`. Their hashes stand in
+`config.json` and in every checkpoint.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ class Places:
     Attributes:
         start: of the policy whose weights it takes; None for weights made anew.
         reference: of a reference that is another policy than the one the run begins with; None where it is not.
+        behaviour: of the policy that acts throughout; None where the one that learns does.
     """
 
     start: Path | None
     reference: Path | None
+    behaviour: Path | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +57,14 @@ class Beginning:
     Attributes:
         start: a copy of the policy before its first step, where the run needs it to go on; else None.
         reference: the frozen policy that the algorithm stays close to, or None.
-        hashes: of both, by name.
+        behaviour: the policy that acts throughout, or None.
+        hashes: of these, by name.
         notes: worth telling the user.
     """
 
     start: ActorCritic | None
     reference: ActorCritic | None
+    behaviour: ActorCritic | None
     hashes: dict[str, str]
     notes: tuple[str, ...]
 
@@ -102,14 +108,23 @@ def places_of(run: Run, start: Path | None) -> Places:
         raise UsageError(
             f"reference={run.reference!r} is no folder: give a policy folder, a run directory or {START!r}"
         )
-    return Places(start=start_folder(run.start_from, start), reference=reference)
+    behaviour = None if run.rollout.behaviour is None else Path(run.rollout.behaviour)
+    if behaviour is not None and not behaviour.is_dir():
+        raise UsageError(
+            f"rollout.behaviour={run.rollout.behaviour!r} is no folder: give a policy folder or a run directory"
+        )
+    return Places(start=start_folder(run.start_from, start), reference=reference, behaviour=behaviour)
 
 
 def places_in(run: Run, directory: RunDirectory) -> Places:
     """Where a run that goes on finds the same."""
     kept = run.start_from is not None or _refers_to_start(run)
     other = _needs_reference(run) and not _refers_to_start(run)
-    return Places(start=directory.start if kept else None, reference=directory.reference if other else None)
+    return Places(
+        start=directory.start if kept else None,
+        reference=directory.reference if other else None,
+        behaviour=None if run.rollout.behaviour is None else directory.behaviour,
+    )
 
 
 def begin(policy: ActorCritic, run: Run, places: Places, encoder: nn.Module | None) -> Beginning:
@@ -138,9 +153,13 @@ def begin(policy: ActorCritic, run: Run, places: Places, encoder: nn.Module | No
     if places.reference is not None:
         reference = load(places.reference, encoder=copy.deepcopy(encoder)).requires_grad_(False)
         _check_same_actions(policy, reference, f"reference ({places.reference})")
-    named = {START: first, "reference": reference}
+    behaviour = None
+    if places.behaviour is not None:
+        behaviour = load(places.behaviour, encoder=copy.deepcopy(encoder)).requires_grad_(False)
+        _check_same_actions(policy, behaviour, f"rollout.behaviour ({places.behaviour})")
+    named = {START: first, "reference": reference, "behaviour": behaviour}
     hashes = {name: content_hash(one) for name, one in named.items() if one is not None}
-    return Beginning(start=first, reference=reference, hashes=hashes, notes=notes)
+    return Beginning(start=first, reference=reference, behaviour=behaviour, hashes=hashes, notes=notes)
 
 
 def keep(beginning: Beginning, directory: RunDirectory) -> None:
@@ -153,6 +172,8 @@ def keep(beginning: Beginning, directory: RunDirectory) -> None:
         save(beginning.start, directory.start)
     if beginning.reference is not None and beginning.reference is not beginning.start:
         save(beginning.reference, directory.reference)
+    if beginning.behaviour is not None:
+        save(beginning.behaviour, directory.behaviour)
 
 
 def check_hashes(found: dict[str, str], recorded: dict[str, str]) -> None:

@@ -1,0 +1,172 @@
+"""Who acts, and what is learnt from: the policy that learns, an older one, or another; the last rollout, or several."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor
+
+from upslope.errors import UsageError
+from upslope.policies import ActorCritic
+from upslope.train.config import RolloutConfig
+from upslope.trajectory import Observation, Trajectory, Tree, map_observation
+
+
+@final
+class Acting:
+    """Chooses who acts in each update of an agent's run, and joins the rollouts that it learns from.
+
+    `behaviour_log_prob` is always that of who acted. With a lag of n, update u acts with the parameters and normaliser
+    statistics that the policy had when update u - n began (those of the run's beginning before there are such), as in
+    a training whose actors hear of new parameters n updates late.
+
+    Args:
+        policy: that learns; its parameters still where it was built (no optimiser has taken them yet).
+        rollout: who acts, and how many rollouts are learnt from together.
+        given: the policy of `rollout.behaviour`, which acts throughout; None where there is none.
+
+    Raises:
+        UsageError: if the policy has a memory that another one's steps would leave unknown.
+    """
+
+    def __init__(self, policy: ActorCritic, rollout: RolloutConfig, *, given: ActorCritic | None) -> None:
+        if given is not None and policy.sequential and rollout.steps is not None:
+            raise UsageError(
+                "the policy that learns has a memory, and where another one acted nobody knows what it held in the "
+                "middle of an episode: learn from whole episodes (rollout.episodes, with rollout.steps=None)"
+            )
+        self._policy, self._given = policy, given
+        self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=rollout.lag)
+        self._stale = copy.deepcopy(policy).requires_grad_(False) if rollout.lag else None
+        self._earlier: deque[Trajectory] = deque(maxlen=rollout.batches - 1)
+        self._staleness = 0.0
+
+    def policy(self) -> ActorCritic:
+        """Who acts in the update that begins."""
+        if self._given is not None:
+            return self._given
+        if self._stale is None or not self._older:
+            return self._policy
+        self._stale.load_state_dict(self._older[0][1])
+        return self._stale
+
+    def gather(self, trajectory: Trajectory, update: int, gamma: float) -> Trajectory:
+        """What update `update` learns from: its own rollout and those before it that are still used, oldest first.
+
+        `policy_version` is that of who acted in the newest. Rewards are scaled where the policy scales them: those of
+        earlier rollouts by what is known now.
+
+        Args:
+            trajectory: just collected with `policy()`, rewards as the environment gave them.
+            update: which one begins.
+            gamma: the algorithm's discount factor.
+        """
+        version = self._older[0][0] if self._older else update
+        trajectory = replace(trajectory, policy_version=version)
+        if self._given is not None:
+            trajectory = replace(trajectory, memory=None)
+        self._remember(update)
+        together = [*self._earlier, trajectory]
+        self._staleness = sum(update - rollout.policy_version for rollout in together) / len(together)
+        normalizer = self._policy.reward_normalizer
+        scaled = together
+        if normalizer is not None:
+            newest = replace(trajectory, reward=normalizer.scale(trajectory, gamma))
+            scaled = [*(replace(earlier, reward=normalizer(earlier.reward)) for earlier in self._earlier), newest]
+        self._earlier.append(trajectory)
+        return joined(scaled)
+
+    def _remember(self, update: int) -> None:
+        """Keep what the policy is before the update; once, if the update is begun again."""
+        if self._stale is None or (self._older and self._older[-1][0] >= update):
+            return
+        self._older.append((update, {name: t.detach().clone() for name, t in self._policy.state_dict().items()}))
+
+    def named(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of an update under names that say what they are of where another policy acted.
+
+        `staleness` is the mean number of updates between who acted and who learns. The error of the first ratio, which
+        is one only where a policy learns from itself, goes; the distance from another policy that was given becomes
+        `behaviour_kl`, as it is not how far an update moved.
+        """
+        if self._given is None and self._stale is None and self._earlier.maxlen == 0:
+            return metrics
+        metrics = {name: value for name, value in metrics.items() if name not in ("first_ratio_error", "mismatch")}
+        if self._given is None:
+            metrics["staleness"] = self._staleness
+        elif "kl" in metrics:
+            metrics["behaviour_kl"] = metrics.pop("kl")
+        return metrics
+
+    def state(self) -> Tree:
+        """Older parameters and earlier rollouts, for a checkpoint."""
+        return {
+            "older": [{"version": version, "tensors": dict(tensors)} for version, tensors in self._older],
+            "earlier": [{f.name: getattr(rollout, f.name) for f in fields(rollout)} for rollout in self._earlier],
+        }
+
+    def load_state(self, tree: Tree) -> None:
+        """Go on from `state()`."""
+        self._older.extend((int(entry["version"]), dict(entry["tensors"])) for entry in tree["older"])
+        self._earlier.extend(Trajectory(**entry) for entry in tree["earlier"])
+
+
+def joined(rollouts: Sequence[Trajectory]) -> Trajectory:
+    """The rows of several rollouts below one another, padded to the longest; groups stay apart.
+
+    Args:
+        rollouts: of the same environments, at least one; `policy_version` is that of the last.
+    """
+    last = rollouts[-1]
+    if len(rollouts) == 1:
+        return last
+    steps = max(rollout.shape[1] for rollout in rollouts)
+    indices, groups, row, label = list[Tensor](), list[Tensor](), 0, 0
+    for rollout in rollouts:
+        rows, own_steps = rollout.shape
+        place = rollout.final_index
+        indices.append((place // own_steps + row) * steps + place % own_steps)
+        if rollout.group is not None and rows:
+            groups.append(rollout.group - rollout.group.min() + label)
+            label = int(groups[-1].max()) + 1
+        row += rows
+    per_step: dict[str, Any] = {
+        name: _stacked([_padded(getattr(rollout, name), steps) for rollout in rollouts])
+        for name in ("observation", "action", "reward", "terminated", "truncated", "mask", "behaviour_log_prob", "time")
+    }
+    return replace(
+        last,
+        **per_step,
+        final_observation=_stacked([rollout.final_observation for rollout in rollouts]),
+        final_index=torch.cat(indices),
+        group=torch.cat(groups) if groups else None,
+        memory=None if last.memory is None else _stacked([_memory(rollout) for rollout in rollouts]),
+    )
+
+
+def _padded(entry: Observation, steps: int) -> Observation:
+    """[B, T, ...] with zeros up to `steps` positions."""
+
+    def pad(tensor: Tensor) -> Tensor:
+        missing = steps - tensor.shape[1]
+        return torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1) if missing else tensor
+
+    return map_observation(pad, entry)
+
+
+def _stacked(entries: Sequence[Observation]) -> Observation:
+    first = entries[0]
+    if isinstance(first, dict):
+        named = cast("Sequence[dict[str, Tensor]]", entries)
+        return {name: torch.cat([entry[name] for entry in named]) for name in first}
+    return torch.cat(cast("Sequence[Tensor]", entries))
+
+
+def _memory(rollout: Trajectory) -> Observation:
+    assert rollout.memory is not None
+    return rollout.memory
