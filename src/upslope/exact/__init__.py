@@ -1,5 +1,9 @@
 """Problems small enough to enumerate, and what is exactly true of a policy on them."""
 
+from upslope.exact.ascent import Ascent as Ascent
+from upslope.exact.ascent import LocalSearch as LocalSearch
+from upslope.exact.ascent import best_policy as best_policy
+from upslope.exact.ascent import gradient_ascent as gradient_ascent
 from upslope.exact.enumeration import Rows as Rows
 from upslope.exact.enumeration import enumerate_episodes as enumerate_episodes
 from upslope.exact.enumeration import enumerate_fragments as enumerate_fragments
@@ -20,6 +24,13 @@ from upslope.exact.natural import compatible_value as compatible_value
 from upslope.exact.natural import fisher_matrix as fisher_matrix
 from upslope.exact.natural import natural_gradient as natural_gradient
 from upslope.exact.natural import performance_difference as performance_difference
+from upslope.exact.optimal import Iteration as Iteration
+from upslope.exact.optimal import PolicyIteration as PolicyIteration
+from upslope.exact.optimal import ValueIteration as ValueIteration
+from upslope.exact.optimal import deterministic as deterministic
+from upslope.exact.optimal import expected_return as expected_return
+from upslope.exact.optimal import policy_iteration as policy_iteration
+from upslope.exact.optimal import value_iteration as value_iteration
 from upslope.exact.policies import LinearPolicy as LinearPolicy
 from upslope.exact.policies import StatePolicy as StatePolicy
 from upslope.exact.policies import TabularPolicy as TabularPolicy

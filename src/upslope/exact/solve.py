@@ -171,12 +171,16 @@ def _shares(move: Tensor, start: Tensor, visits: Tensor, closed: list[Tensor]) -
     chance = torch.stack([entering[members].sum() for members in closed])
     share = torch.zeros_like(start)
     for members, likely in zip(closed, chance / chance.sum(), strict=True):
-        share = share.index_copy(0, members, likely * _stationary(move[members][:, members]))
+        share = share.index_copy(0, members, likely * stationary(move[members][:, members]))
     return share
 
 
-def _stationary(move: Tensor) -> Tensor:
-    """mu = P' mu with sum 1, of a chain with one closed class: (I - P + 1/n)' mu = 1/n."""
+def stationary(move: Tensor) -> Tensor:
+    """mu = P' mu with sum 1, of a chain with one closed class, [S]: (I - P + 1/n)' mu = 1/n.
+
+    Args:
+        move: [S, S] P.
+    """
     states = len(move)
     even = torch.full((states,), 1.0 / states, dtype=torch.float64)
     return torch.linalg.solve((torch.eye(states, dtype=torch.float64) - move + 1.0 / states).mT, even)
@@ -193,13 +197,13 @@ def _continuing(mdp: FiniteMDP, policy: Tensor) -> Solution:
         )
     inside = known.nonzero().squeeze(-1)
     chain = move[inside][:, inside]
-    stationary = _stationary(chain)
+    share_inside = stationary(chain)
     expected = (mdp.transition * mdp.reward).sum(-1)
     reward = (policy * expected).sum(-1)[inside]
-    average = stationary @ reward
-    system = torch.eye(len(inside), dtype=torch.float64) - chain + stationary
+    average = share_inside @ reward
+    system = torch.eye(len(inside), dtype=torch.float64) - chain + share_inside
     value = torch.zeros_like(mdp.start).index_copy(0, inside, torch.linalg.solve(system, reward - average))
-    share = torch.zeros_like(mdp.start).index_copy(0, inside, stationary)
+    share = torch.zeros_like(mdp.start).index_copy(0, inside, share_inside)
     endless = torch.where(share > 0, torch.inf, 0.0).to(torch.float64)
     return Solution(
         policy=policy,
