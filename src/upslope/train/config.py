@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from upslope.algorithms import A2C, PPO, OneStepActorCritic, Reinforce
+from upslope.algorithms import A2C, GRPO, KTO, PPO, RLOO, SFT, OneStepActorCritic, Preference, Reinforce
 from upslope.algorithms.protocol import ScheduleName
 from upslope.collect import EnvironmentConfig
+from upslope.collect.given_data import RecordedConfig, SegmentPairsConfig
+from upslope.collect.groups import GroupStart
 from upslope.policies import ActorCriticConfig
 from upslope.train.settings import at_least, check_beginning, check_choices, check_gamma, check_numbers, check_threads
 
-AlgorithmConfig: TypeAlias = PPO | A2C | OneStepActorCritic | Reinforce
+AlgorithmConfig: TypeAlias = PPO | A2C | OneStepActorCritic | Reinforce | GRPO | RLOO | SFT | Preference | KTO
 """The algorithms a configuration file may name. A new algorithm is one file and its name in this line."""
 
 
@@ -24,6 +26,10 @@ class RolloutConfig:
     """Steps per environment and update; None when whole episodes are collected."""
     episodes: int | None = None
     """Whole episodes per update, over all environments; None when fragments are collected."""
+    group_size: int | None = None
+    """Episodes that begin alike and are compared with each other (GRPO, RLOO); None for no groups."""
+    group_start: GroupStart = "seed"
+    """How they come to begin alike: reset with one seed, or given the state of one environment."""
     lag: int = 0
     """How many updates older than the policy that learns the one that acts is: its parameters and normaliser statistics
     of then; 0 for the one that learns."""
@@ -42,6 +48,18 @@ class RolloutConfig:
             raise ValueError("a rollout is either `steps` per environment or whole `episodes`: set one, the other None")
         if (self.steps or self.episodes or 0) < 1:
             raise ValueError(f"a rollout needs at least one step or episode, got {self.steps or self.episodes}")
+        check_choices(self)
+        if self.group_size is None:
+            return
+        if self.episodes is None or self.group_size < 2 or self.episodes % self.group_size:
+            raise ValueError(
+                f"a group is of 2 whole episodes at least, and episodes are made of whole groups: got "
+                f"group_size={self.group_size} and episodes={self.episodes}; set rollout.episodes to a multiple of it"
+            )
+
+
+Rollout: TypeAlias = RolloutConfig | RecordedConfig | SegmentPairsConfig
+"""What an update sees: what the policy does itself, recorded demonstrations, or pairs of segments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,8 +176,8 @@ class Run:
     policy folder or a run directory; None takes "start" wherever one is needed."""
     critic_first: int = 0
     """Updates at the beginning in which the critic alone moves: worth some where start_from has none, or another's."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """How much experience one update sees."""
+    rollout: Rollout = field(default_factory=RolloutConfig)
+    """What one update sees, and how much of it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How parameters move."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -191,12 +209,64 @@ class Run:
         own = (self.algorithm,) if type(self.algorithm) in get_args(AlgorithmConfig) else ()
         for part in (self.environment, self.policy, self.optimizer, *own):
             check_choices(part)
-        if self.algorithm.passes.whole_episodes and self.rollout.episodes is None:
-            raise ValueError(
-                f"{type(self.algorithm).__name__} needs whole episodes: set rollout.episodes (16, say) and "
-                "rollout.steps to None"
-            )
+        check_experience(self)
         if self.algorithm.passes.critic and not self.policy.critic:
             raise ValueError(f"{type(self.algorithm).__name__} needs a critic: set policy.critic to True")
-        if self.policy.normalize_reward and self.rollout.steps is None:
-            raise ValueError("normalize_reward follows each environment step by step: set rollout.steps, not episodes")
+
+
+def check_experience(run: Run) -> None:
+    """Refuse what an algorithm cannot learn from.
+
+    Raises:
+        ValueError: with what to set instead.
+    """
+    name, passes, rollout = type(run.algorithm).__name__, run.algorithm.passes, run.rollout
+    given = run.algorithm.target.gradient == "given_data"
+    if isinstance(rollout, RolloutConfig):
+        _check_acting(run, rollout)
+        return
+    paired = passes.together > 1 or isinstance(run.algorithm, KTO)
+    wanted = SegmentPairsConfig if paired else RecordedConfig
+    if not given:
+        raise ValueError(
+            f"{name} learns from what the policy does itself: set rollout to a RolloutConfig, or take SFT (for "
+            "demonstrations) or Preference (for pairs)"
+        )
+    if not isinstance(rollout, wanted):
+        raise ValueError(f"{name} learns from other data: set rollout to a {wanted.__name__}")
+    if run.policy.normalize_reward:
+        raise ValueError(f"{name} learns from given data and scales no rewards: set policy.normalize_reward to False")
+    rows = rollout.pairs * 2 if isinstance(rollout, SegmentPairsConfig) else rollout.rows
+    if passes.minibatches > rows // passes.together:
+        raise ValueError(
+            f"an update of {rows} rows cannot be cut into {passes.minibatches} minibatches of {passes.together} rows "
+            "or more: take more per update, or lower algorithm.minibatches"
+        )
+
+
+def _check_acting(run: Run, rollout: RolloutConfig) -> None:
+    name, passes = type(run.algorithm).__name__, run.algorithm.passes
+    if run.algorithm.target.gradient == "given_data":
+        raise ValueError(
+            f"{name} learns from given data: set rollout to a RecordedConfig (SFT) or a SegmentPairsConfig (Preference "
+            "and KTO)"
+        )
+    if passes.groups and rollout.group_size is None:
+        raise ValueError(
+            f"{name} compares episodes that begin alike: set rollout.group_size (8, say), rollout.episodes to a "
+            "multiple of it and rollout.steps to None"
+        )
+    if rollout.group_size is not None and run.environment.count % rollout.group_size:
+        raise ValueError(
+            f"environments are begun in groups: set environment.count to a multiple of "
+            f"rollout.group_size={rollout.group_size}, got {run.environment.count}"
+        )
+    if rollout.group_size is not None and (rollout.episodes or 0) % run.environment.count:
+        raise ValueError(
+            f"each of {run.environment.count} environments plays as many episodes in groups: set rollout.episodes to a "
+            f"multiple of environment.count, got {rollout.episodes}"
+        )
+    if passes.whole_episodes and rollout.episodes is None:
+        raise ValueError(f"{name} needs whole episodes: set rollout.episodes (16, say) and rollout.steps to None")
+    if run.policy.normalize_reward and rollout.steps is None:
+        raise ValueError("normalize_reward follows each environment step by step: set rollout.steps, not episodes")
