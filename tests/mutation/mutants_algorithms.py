@@ -151,8 +151,8 @@ IN_REINFORCE = (
     Mutant(
         "reinforce penalises entropy",
         REINFORCE,
-        "per_step = per_step - self.entropy_coefficient * evaluation.entropy",
-        "per_step = per_step + self.entropy_coefficient * evaluation.entropy",
+        "per_step = per_step - coefficient * evaluation.entropy",
+        "per_step = per_step + coefficient * evaluation.entropy",
         "the sign of the bonus",
         (),
         (LOSSES_OF_REINFORCE,),
@@ -364,8 +364,8 @@ IN_PPO = (
     Mutant(
         "ppo penalises entropy",
         PPO,
-        "per_step = per_step - self.entropy_coefficient * evaluation.entropy",
-        "per_step = per_step + self.entropy_coefficient * evaluation.entropy",
+        "per_step = per_step - coefficient * evaluation.entropy",
+        "per_step = per_step + coefficient * evaluation.entropy",
         "the sign of the bonus",
         (),
         (LOSSES_OF_PPO,),

@@ -85,8 +85,8 @@ IN_GROUPS = (
     Mutant(
         "grpo penalises entropy",
         GRPO,
-        "per_step = per_step - self.entropy_coefficient * evaluation.entropy",
-        "per_step = per_step + self.entropy_coefficient * evaluation.entropy",
+        "per_step = per_step - coefficient * evaluation.entropy",
+        "per_step = per_step + coefficient * evaluation.entropy",
         "the sign of the bonus",
         (),
         (groups("grpo, exact KL"),),

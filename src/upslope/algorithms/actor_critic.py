@@ -10,12 +10,13 @@ The two differ in lambda alone (0 for one step), in the length of the fragments,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled, scheduled_in_words
+from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
     discount_weight,
     gae,
@@ -39,7 +40,9 @@ class OneStepActorCritic:
     value_coefficient: float = 0.5
     """Multiplier of 0.5 (V - target)^2."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus at the start of the run."""
+    entropy_schedule: ScheduleName = "constant"
+    """How that weight moves over the run."""
 
     @property
     def passes(self) -> Passes:
@@ -82,7 +85,8 @@ class OneStepActorCritic:
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """Score function, value error, entropy bonus."""
-        return score_and_value_loss(batch, evaluation, self.value_coefficient, self.entropy_coefficient)
+        bonus = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
+        return score_and_value_loss(batch, evaluation, self.value_coefficient, bonus)
 
     def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
         """Nothing is carried."""
@@ -96,7 +100,7 @@ class OneStepActorCritic:
             "advantage scale": "none",
             "ratio": "none (score function)",
             "value error": f"{self.value_coefficient} x 0.5 (V - target)^2; target = r + gamma V'",
-            "entropy bonus": str(self.entropy_coefficient),
+            "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": "step_mean over the fragment",
             "passes": "1 step per fragment",
         }
@@ -115,12 +119,21 @@ class A2C:
     value_coefficient: float = 1.0
     """Multiplier of 0.5 (V - target)^2; SB3's vf_coef=0.5 is 1.0 here."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus at the start of the run."""
+    entropy_schedule: ScheduleName = "constant"
+    """How that weight moves over the run."""
+    reference_kl: ReferenceKL = field(default_factory=lambda: ReferenceKL(place="reward"))
+    """The penalty on the distance from a frozen reference; in the reward of each step unless it says otherwise."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that have no meaning."""
+        if not self.reference_kl.baselined:
+            raise ValueError("reference_kl.baselined=False speaks of a group's baseline, and A2C has a critic")
 
     @property
     def passes(self) -> Passes:
         """One step on each fragment."""
-        return Passes()
+        return Passes(reference=self.reference_kl.needs)
 
     @property
     def target(self) -> Target:
@@ -130,8 +143,9 @@ class A2C:
             gradient="undiscounted_states",
             per="step",
             requires=("on_policy", "exact_critic", "fixed_steps"),
-            biased_by=scaled + _entropy_bias(self.entropy_coefficient),
+            biased_by=scaled + _entropy_bias(self.entropy_coefficient) + self.reference_kl.biased_by,
             batchwise=self.normalize_advantage,
+            penalty=self.reference_kl.penalty,
         )
 
     def initial_state(self) -> State:
@@ -142,6 +156,7 @@ class A2C:
         """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
         assert value is not None
         assert next_value is not None
+        trajectory = self.reference_kl.rewarded(trajectory)
         advantage = gae(
             trajectory.reward,
             trajectory.discount(self.gamma),
@@ -159,8 +174,10 @@ class A2C:
         return replace(batch, advantage=advantage, weight=step_mean(batch.mask, dtype=batch.advantage.dtype))
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
-        """Score function, value error, entropy bonus."""
-        return score_and_value_loss(batch, evaluation, self.value_coefficient, self.entropy_coefficient)
+        """Score function, value error, entropy bonus, penalty."""
+        bonus = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
+        loss = score_and_value_loss(batch, evaluation, self.value_coefficient, bonus)
+        return self.reference_kl.added(loss, batch, evaluation)
 
     def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
         """Nothing is carried."""
@@ -173,8 +190,9 @@ class A2C:
             "state weights": "gamma^t dropped",
             "advantage scale": "standardised over the batch" if self.normalize_advantage else "none",
             "ratio": "none (score function)",
+            "reference KL": self.reference_kl.describe(),
             "value error": f"{self.value_coefficient} x 0.5 (V - target)^2; target = GAE + V",
-            "entropy bonus": str(self.entropy_coefficient),
+            "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": "step_mean over the batch",
             "passes": "1 step per batch",
         }

@@ -25,7 +25,17 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.group_baseline import describe_baseline, group_signal, scale_bias
-from upslope.algorithms.protocol import Condition, Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import (
+    Condition,
+    Loss,
+    Now,
+    Passes,
+    ScheduleName,
+    State,
+    Target,
+    scheduled,
+    scheduled_in_words,
+)
 from upslope.algorithms.ratios import (
     RATIO_IN_WORDS,
     check_clip,
@@ -80,7 +90,9 @@ class GRPO:
     reference_kl: ReferenceKL = field(default_factory=ReferenceKL)
     """The penalty on the distance from the reference."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus at the start of the run."""
+    entropy_schedule: ScheduleName = "constant"
+    """How that weight moves over the run."""
     epochs: int = 1
     """Passes over each batch."""
     minibatches: int = 1
@@ -207,7 +219,8 @@ class GRPO:
         if penalty is not None:
             per_step = per_step + penalty
         if self.entropy_coefficient != 0.0:
-            per_step = per_step - self.entropy_coefficient * evaluation.entropy
+            coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
+            per_step = per_step - coefficient * evaluation.entropy
         metrics["policy_loss"] = -weighted_sum(objective.detach(), batch.weight)
         metrics |= watched(
             batch,
@@ -272,7 +285,7 @@ class GRPO:
             "KL": self.reference_kl.describe(),
             "squared log-ratio": str(self.squared_log_ratio),
             "importance correction": importance,
-            "entropy bonus": str(self.entropy_coefficient),
+            "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": describe_reduction(self.reduction, self.fixed_length),
             "passes": f"{self.epochs} epochs x {self.minibatches} minibatches of whole trajectories",
         }

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled
+from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled, scheduled_in_words
 from upslope.algorithms.ratios import chosen_log_prob
 from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
@@ -56,7 +56,9 @@ class PPO:
     value_coefficient: float = 0.5
     """Multiplier of 0.5 (V - target)^2. SB3's vf_coef=0.5 is 1.0 here; CleanRL's 0.5 is 0.5."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus at the start of the run."""
+    entropy_schedule: ScheduleName = "constant"
+    """How that weight moves over the run."""
     dual_clip: float | None = None
     """For negative advantages, never let the objective fall below this multiple (> 1) of the advantage."""
     value_clip: float | None = None
@@ -176,7 +178,8 @@ class PPO:
         value_error = self.value_error(batch, evaluation.value)
         per_step = self.value_coefficient * value_error - objective
         if self.entropy_coefficient != 0.0:
-            per_step = per_step - self.entropy_coefficient * evaluation.entropy
+            coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
+            per_step = per_step - coefficient * evaluation.entropy
         metrics = surrogate_metrics(batch, evaluation, objective, value_error, clip)
         if self.reference_kl.on:
             log_prob = chosen_log_prob(batch, evaluation)
@@ -231,7 +234,7 @@ class PPO:
             "reference KL": self.reference_kl.describe(),
             "KL stop": "never" if self.target_kl is None else f"{self.kl_stop}, target {self.target_kl} (k3 estimate)",
             "value error": f"{self.value_coefficient} x {value}; target = GAE + V",
-            "entropy bonus": str(self.entropy_coefficient),
+            "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": "step_mean over each minibatch",
             "passes": f"{self.epochs} epochs x {self.minibatches} minibatches"
             + (", advantages recomputed before each pass" if self.recompute_advantage else ""),

@@ -18,9 +18,10 @@ ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 """How a coefficient moves over a run: not at all, to zero in a straight line, or to zero along half a cosine."""
 
 
-GradientName: TypeAlias = Literal["discounted", "undiscounted_states", "average_reward", "given_data"]
+GradientName: TypeAlias = Literal["discounted", "undiscounted_states", "average_reward", "given_data", "prediction"]
 """grad J_gamma; the same with gamma^t dropped, sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a); grad r_bar; or, of data
-that nobody sampled, the gradient of the algorithm's own loss on it: there is no return."""
+that nobody sampled, the gradient of the algorithm's own loss on it: there is no return; or none, as only the critic
+learns."""
 
 Condition: TypeAlias = Literal["exact_critic", "exact_critic_at_limit", "on_policy", "no_time_limit", "fixed_steps"]
 """What an estimator may need to be unbiased: V = v_pi; V = v_pi where a limit cuts a trajectory; data of the policy
@@ -101,6 +102,28 @@ class NaturalStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Traces:
+    """How eligibility traces move the parameters, one update per step of each environment.
+
+    Attributes:
+        discount: gamma of the TD residual; 1 with an average reward.
+        critic_decay: of the critic's trace per step, gamma lambda_w.
+        actor_decay: of the actor's, gamma lambda_theta; None where the policy stays as it is.
+        state_discount: gamma of I_t = gamma^t, which weights the score as it enters the trace; 1 for none.
+        value_ratio: alpha_w over the learning rate.
+        average_reward_ratio: alpha_r over the learning rate, in a task without end; None elsewhere. r_bar is the
+            algorithm's carried number "average_reward", and a metric of that name says what the update made of it.
+    """
+
+    discount: float
+    critic_decay: float
+    actor_decay: float | None
+    state_discount: float = 1.0
+    value_ratio: float = 1.0
+    average_reward_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
     """How the steps of one update are used.
 
@@ -143,6 +166,7 @@ class Passes:
     proximal_in_advantage: bool = False
     proximal_in_prepare: bool = False
     values_first: bool = True
+    traces: Traces | None = None
     natural: NaturalStep | None = None
 
 
@@ -239,3 +263,14 @@ def scheduled(name: ScheduleName, initial: float, progress: float) -> float:
     if name == "linear":
         return initial * remaining
     return initial * math.sin(0.5 * math.pi * remaining) ** 2
+
+
+def scheduled_in_words(name: ScheduleName, initial: float) -> str:
+    """A coefficient and how it moves, for `Algorithm.describe`.
+
+    >>> scheduled_in_words("constant", 0.01), scheduled_in_words("linear", 0.01)
+    ('0.01', '0.01 at the start of the run, 0 at its end (linear)')
+    """
+    if name == "constant" or initial == 0.0:
+        return str(initial)
+    return f"{initial} at the start of the run, 0 at its end ({name})"

@@ -25,8 +25,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Penalty
-from upslope.estimators import k1, k2, k3
+from upslope.algorithms.protocol import Loss, Penalty
+from upslope.estimators import k1, k2, k3, weighted_sum
 from upslope.trajectory import Batch, Evaluation, Trajectory
 
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3", "exact"]
@@ -156,6 +156,24 @@ class ReferenceKL:
             return penalty.detach() / self.coefficient
         assert batch.reference_log_prob is not None
         return k3(log_prob.detach(), torch.where(batch.mask, batch.reference_log_prob, 0.0))
+
+    def added(self, loss: Loss, batch: Batch, evaluation: Evaluation) -> Loss:
+        """The loss with the penalty, where that is its place, and with the distance among its metrics; off, as it is.
+
+        Args:
+            loss: without it.
+            batch: with what the reference says and the weights of the reduction.
+            evaluation: of the policy.
+        """
+        if not self.on:
+            return loss
+        log_prob = torch.where(batch.mask, evaluation.log_prob, 0.0)
+        penalty = self.of_loss(batch, evaluation, log_prob)
+        distance = self.watched(batch, log_prob, penalty)
+        assert distance is not None
+        metrics = {**loss.metrics, "reference_kl": weighted_sum(distance, batch.weight)}
+        value = loss.value if penalty is None else loss.value + weighted_sum(penalty, batch.weight)
+        return replace(loss, value=value, metrics=metrics)
 
     def describe(self) -> str:
         """The penalty in words."""

@@ -17,7 +17,17 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Condition, Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import (
+    Condition,
+    Loss,
+    Now,
+    Passes,
+    ScheduleName,
+    State,
+    Target,
+    scheduled,
+    scheduled_in_words,
+)
 from upslope.algorithms.ratios import chosen_log_prob
 from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
@@ -58,7 +68,9 @@ class Reinforce:
     value_coefficient: float = 0.5
     """Multiplier of 0.5 (V - target)^2, where psi uses a critic."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus at the start of the run."""
+    entropy_schedule: ScheduleName = "constant"
+    """How that weight moves over the run."""
     reference_kl: ReferenceKL = field(default_factory=lambda: ReferenceKL(place="reward"))
     """The penalty on the distance from a frozen reference; in the reward of each step unless it says otherwise."""
 
@@ -156,7 +168,8 @@ class Reinforce:
             per_step = per_step + self.value_coefficient * value_error
             metrics["value_loss"] = _mean(value_error, batch)
         if self.entropy_coefficient != 0.0:
-            per_step = per_step - self.entropy_coefficient * evaluation.entropy
+            coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
+            per_step = per_step - coefficient * evaluation.entropy
         metrics["policy_loss"] = -weighted_sum(objective.detach(), batch.weight)
         metrics["entropy"] = _mean(evaluation.entropy, batch)
         return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
@@ -178,7 +191,7 @@ class Reinforce:
             "ratio": "none (score function)",
             "KL": self.reference_kl.describe(),
             "value error": self._describe_value_error(),
-            "entropy bonus": str(self.entropy_coefficient),
+            "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": "trajectory_sum: sum over steps, mean over trajectories",
             "passes": "1 step per batch of whole episodes",
         }

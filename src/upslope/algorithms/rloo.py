@@ -16,7 +16,17 @@ from typing import Literal
 from torch import Tensor
 
 from upslope.algorithms.group_baseline import describe_baseline, group_signal
-from upslope.algorithms.protocol import Condition, Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import (
+    Condition,
+    Loss,
+    Now,
+    Passes,
+    ScheduleName,
+    State,
+    Target,
+    scheduled,
+    scheduled_in_words,
+)
 from upslope.algorithms.ratios import (
     RATIO_IN_WORDS,
     check_clip,
@@ -46,7 +56,9 @@ class RLOO:
     reference_kl: ReferenceKL = field(default_factory=lambda: ReferenceKL(place="reward"))
     """The penalty on the distance from the reference: in the reward, before the baseline."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus at the start of the run."""
+    entropy_schedule: ScheduleName = "constant"
+    """How that weight moves over the run."""
     epochs: int = 1
     """Passes over each batch."""
     minibatches: int = 1
@@ -129,7 +141,8 @@ class RLOO:
         if penalty is not None:
             per_step = per_step + penalty
         if self.entropy_coefficient != 0.0:
-            per_step = per_step - self.entropy_coefficient * evaluation.entropy
+            coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
+            per_step = per_step - coefficient * evaluation.entropy
         metrics = {"policy_loss": -weighted_sum(objective.detach(), batch.weight)} | watched(
             batch,
             evaluation,
@@ -155,7 +168,7 @@ class RLOO:
             "ratio": ratio if self.ratio == "none" else f"{ratio}; p: what generated",
             "clip": describe_clip(self.clip_low, self.clip_high, None),
             "KL": self.reference_kl.describe(),
-            "entropy bonus": str(self.entropy_coefficient),
+            "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": describe_reduction("trajectory_sum", None),
             "passes": f"{self.epochs} epochs x {self.minibatches} minibatches of whole trajectories",
         }
