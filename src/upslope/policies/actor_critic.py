@@ -162,6 +162,29 @@ class ActorCritic(nn.Module):
         present = value[:count].view(shape)
         return present, trajectory.next_value(present, value[count:])
 
+    def critic_value(self, steps: Steps) -> Tensor:
+        """V_t, shaped like the steps, in one pass of the critic alone; differentiable.
+
+        Raises:
+            ValueError: if the policy has no critic.
+        """
+        if self.critic is None:
+            raise ValueError("this policy has no critic: make it with ActorCriticConfig(critic=True)")
+        shape = self._steps(steps.action)
+        observation, _ = self._flat(steps.observation, steps.action, shape)
+        return self.critic(self._critic_features(self._normalized(observation))).view(shape)
+
+    def actor_layers(self, steps: Steps) -> tuple[Tensor, tuple[MLP, ...]] | None:
+        """Features [M, F], and the perceptrons that make unmasked action parameters of them, one after the other.
+
+        None where what makes the features has parameters, too.
+        """
+        if not self.vector_only:
+            return None
+        observation, _ = self._flat(steps.observation, steps.action, self._steps(steps.action))
+        features = self.encoder(self.masking.seen(self._normalized(observation)))
+        return features, (self.actor,) if self.torso is None else (self.torso, self.actor)
+
     def observe(self, trajectory: Trajectory) -> None:
         """Let the observation normaliser, if there is one, see what was collected: after learning from it."""
         if self.observation_normalizer is not None:
