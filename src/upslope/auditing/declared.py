@@ -81,6 +81,7 @@ def in_words(target: Target) -> str:
         "undiscounted_states": "sum_s eta_1(s) sum_a grad pi(a|s) q_gamma(s,a)",
         "average_reward": "grad r_bar",
         "given_data": "the gradient of its own loss",
+        "prediction": "the critic's own update",
     }[target.gradient]
     factor = "" if target.factor == 1.0 else f"{target.factor:.4g} x "
     shrunk, penalty = "(G - 1)/G x " if target.group_mean else "", target.penalty

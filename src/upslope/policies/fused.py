@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -82,6 +83,37 @@ class _Arrays(threading.local):
 
 
 _ARRAYS = _Arrays()
+
+
+class RowGradients(threading.local):
+    """While recording, every perceptron's backward pass says what each of its rows brings to the gradient.
+
+    Of a weight [O, F] the row m brings the outer product of two vectors, of a bias or a constant output [O] one vector.
+
+    Attributes:
+        of: by `data_ptr()` of the tensor, [M, O] and [M, F], or [M, O] and None; None while nothing is recorded.
+    """
+
+    of: dict[int, tuple[np.ndarray, np.ndarray | None]] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray | None]]]:
+        """Record the backward passes of this thread in what is given."""
+        self.of = {}
+        try:
+            yield self.of
+        finally:
+            self.of = None
+
+    def add(self, tensor: np.ndarray, gradient: np.ndarray, features: np.ndarray | None) -> None:
+        """What the rows of one perceptron bring to one tensor."""
+        if self.of is not None:
+            place = tensor.__array_interface__["data"][0]
+            self.of[place] = (gradient.copy(), features)
+
+
+ROW_GRADIENTS = RowGradients()
+"""Of the backward passes in this module."""
 
 
 # --- multilayer perceptrons ------------------------------------------------------------------------------------------
@@ -208,12 +240,17 @@ def _mlp_backward(
     if constant is not None:
         width = gradient.shape[1] - len(constant)
         backwards.append(np.dot(ones, gradient[:, width:]))
+        ROW_GRADIENTS.add(constant, gradient[:, width:], None)
         gradient = gradient[:, :width]
     for layer in range(len(layers) // 2 - 1, -1, -1):
         if layer < len(hidden):
             gradient = _through_activation(layout.activation, gradient, hidden[layer])
+        below = hidden[layer - 1] if layer else features
         backwards.append(np.dot(ones, gradient))
-        backwards.append(np.dot(gradient.T, hidden[layer - 1] if layer else features))
+        backwards.append(np.dot(gradient.T, below))
+        if ROW_GRADIENTS.of is not None:
+            ROW_GRADIENTS.add(layers[2 * layer + 1], gradient, None)
+            ROW_GRADIENTS.add(layers[2 * layer], gradient, below)
         if layer or through:
             weight = layers[2 * layer]
             out = _ARRAYS.empty(len(gradient), weight.shape[1], weight.dtype)
