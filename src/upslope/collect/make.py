@@ -20,6 +20,7 @@ from upslope.collect.actions import random_action
 from upslope.collect.autoreset import GymnasiumVector
 from upslope.collect.errors import UnknownEnvironmentError
 from upslope.collect.finite import FiniteFactory
+from upslope.collect.masks import MaskSource, mask_environment, mask_of, mask_vector_environment
 from upslope.collect.resume import resume_problem
 from upslope.collect.rollout import Truncation
 from upslope.collect.vector import Factory, Resume, SyncEnvironments, VectorEnvironment
@@ -30,6 +31,9 @@ _Object: TypeAlias = gymnasium.Env[Any, Any] | Factory | VectorEnv[Any, Any, Any
 
 _SWIG = "builtin type [Ss]wig.* has no __module__ attribute"
 """Box2D warns of this while it is imported, and crashes the interpreter where warnings are errors."""
+
+_NO_LIMIT = -1
+"""What Gymnasium takes for no limit; None is the environment's own."""
 
 _EXTRAS = {"box2d": "box2d", "mujoco": "mujoco", "ale_py": "atari", "ale": "atari", "classic_control": "classic"}
 
@@ -49,8 +53,15 @@ class EnvironmentConfig:
     """Arguments of the environment's constructor."""
     time_limit: int | None = None
     """Decisions after which an episode is truncated; None for the environment's own limit."""
+    continuing: bool = False
+    """The task has no end: no time limit, not even the environment's own; it is judged over `evaluation.horizon`."""
     preprocessing: Literal["none", "atari"] = "none"
     """atari: 84 x 84 grey frames, every 4th, the last 4 stacked; up to 30 idle steps, then FIRE at every serve."""
+    action_mask: MaskSource = "none"
+    """Where masks of valid actions are: info["action_mask"] of reset and step, a method, or a key of a Dict observation
+    (action_mask). The policy then takes valid actions alone."""
+    action_mask_name: str | None = None
+    """What the mask is called there; None for action_mask, or for action_masks if it is a method."""
     truncation: Truncation = "bootstrap"
     """What a time limit means. as_termination counts it as death, which is wrong: it is there to be compared."""
     deadline: float = 60.0
@@ -65,6 +76,11 @@ class EnvironmentConfig:
         for name, number in (("count", self.count), ("time_limit", self.time_limit), ("processes", self.processes)):
             if number is not None and number < 1:
                 raise ValueError(f"environment.{name} must be at least 1, got {number}")
+        if self.continuing and (self.time_limit is not None or self.preprocessing == "atari"):
+            raise ValueError(
+                "environment.continuing takes time limits away, which environment.time_limit and Atari's preprocessing "
+                "put there: leave one of them out"
+            )
         if not self.deadline > 0.0:
             raise ValueError(f"environment.deadline is a positive number of seconds, got {self.deadline}")
 
@@ -159,7 +175,8 @@ def make_environments(
         config = resolve_environments(config if thing is None else thing, config, seed=seed, purpose=purpose).config
     resume: Resume = "snapshot" if config.resume == "snapshot" else "rebuild"
     if isinstance(thing, VectorEnv):
-        return GymnasiumVector(thing, resume=resume)
+        masked = mask_vector_environment(thing, config.action_mask, config.action_mask_name)
+        return GymnasiumVector(masked, resume=resume)
     if isinstance(thing, gymnasium.Env):
         if config.count != 1 or config.vectorization != "sync":
             raise ValueError(
@@ -184,7 +201,7 @@ def _settled(source: Source, config: EnvironmentConfig | None) -> tuple[_Object 
         return None, dataclasses.replace(config, id=source)
     if isinstance(source, VectorEnv):
         return source, dataclasses.replace(config, count=source.num_envs)
-    if isinstance(source, FiniteFactory) and config.time_limit is not None:
+    if isinstance(source, FiniteFactory) and (config.time_limit is not None or config.continuing):
         source = dataclasses.replace(source, time_limit=config.time_limit)
     return source, config
 
@@ -202,6 +219,9 @@ def _factory(
     config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None, render_mode: str | None
 ) -> Factory:
     def make() -> gymnasium.Env[Any, Any]:
+        return mask_environment(bare(), config.action_mask, config.action_mask_name)
+
+    def bare() -> gymnasium.Env[Any, Any]:
         if source is None:
             return _preprocessed(_make_by_id(config, render_mode), config)
         environment = source if isinstance(source, gymnasium.Env) else source()
@@ -215,6 +235,8 @@ def _factory(
 def _make_by_id(config: EnvironmentConfig, render_mode: str | None) -> gymnasium.Env[Any, Any]:
     kwargs: dict[str, Any] = dict(config.kwargs)
     limit = config.time_limit if config.preprocessing == "none" else None
+    if config.continuing:
+        limit = _NO_LIMIT
     if config.preprocessing == "atari":
         kwargs.setdefault("frameskip", 1)
     if render_mode is not None:
@@ -256,7 +278,7 @@ def _explained(name: str, make: Callable[[], Any]) -> Any:
 
 
 def _native(config: EnvironmentConfig, source: Factory | None, resume: Resume) -> VectorEnvironment:
-    if isinstance(source, FiniteFactory) and config.preprocessing == "none":
+    if isinstance(source, FiniteFactory) and config.preprocessing == "none" and config.action_mask == "none":
         return source.together(config.count, resume=resume)
     if source is not None or not has_native(config):
         raise ValueError(
@@ -275,9 +297,10 @@ def native_factory(config: EnvironmentConfig) -> Callable[[], VectorEnv[Any, Any
 
     def make() -> VectorEnv[Any, Any, Any]:
         mode = gymnasium.VectorizeMode.VECTOR_ENTRY_POINT
-        return _explained(
+        made = _explained(
             config.id, lambda: gymnasium.make_vec(config.id, config.count, vectorization_mode=mode, **kwargs)
         )
+        return mask_vector_environment(made, config.action_mask, config.action_mask_name)
 
     return make
 
@@ -285,7 +308,8 @@ def native_factory(config: EnvironmentConfig) -> Callable[[], VectorEnv[Any, Any
 def has_native(config: EnvironmentConfig) -> bool:
     """Whether the environment brings its own vectorisation and nothing is to be wrapped around single ones."""
     specification = gymnasium.registry.get(config.id)
-    return specification is not None and specification.vector_entry_point is not None and config.preprocessing == "none"
+    own = specification is not None and specification.vector_entry_point is not None
+    return own and config.preprocessing == "none" and not config.continuing
 
 
 def _resume_problem(config: EnvironmentConfig, source: _Object | None, seed: int) -> str | None:
@@ -330,13 +354,14 @@ _WORKER_OVERHEAD = 60e-6
 def _seconds_per_step(environments: VectorEnvironment, seed: int, *, budget: float = 0.1) -> float:
     """Median over a few steps of random actions, in no more than `budget` seconds after the first step."""
     generator = np.random.default_rng(seed)
-    environments.reset([seed] * environments.num_envs)
-    environments.step(random_action(environments.action_space, generator, environments.num_envs))
+    mask = mask_of(environments.reset([seed] * environments.num_envs))
+    step = environments.step(random_action(environments.action_space, generator, environments.num_envs, mask))
     taken: list[float] = []
     while len(taken) < 3 or (len(taken) < 100 and sum(taken) < budget):
-        action = random_action(environments.action_space, generator, environments.num_envs)
+        mask = mask_of(step.observation)
+        action = random_action(environments.action_space, generator, environments.num_envs, mask)
         begin = time.perf_counter()
-        environments.step(action)
+        step = environments.step(action)
         taken.append(time.perf_counter() - begin)
     environments.close()
     return float(np.median(taken))

@@ -6,15 +6,49 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from upslope.algorithms import A2C, GRPO, KTO, PPO, RLOO, SFT, OneStepActorCritic, Preference, Reinforce
+from upslope.algorithms import (
+    A2C,
+    GRPO,
+    KTO,
+    PPO,
+    RLOO,
+    SFT,
+    ActorCriticLambda,
+    AverageReward,
+    OneStepActorCritic,
+    Preference,
+    Reinforce,
+    TDLambda,
+)
 from upslope.algorithms.protocol import ScheduleName
 from upslope.collect import EnvironmentConfig
 from upslope.collect.given_data import RecordedConfig, SegmentPairsConfig
 from upslope.collect.groups import GroupStart
 from upslope.policies import ActorCriticConfig
-from upslope.train.settings import at_least, check_beginning, check_choices, check_gamma, check_numbers, check_threads
+from upslope.train.settings import (
+    at_least,
+    check_beginning,
+    check_choices,
+    check_endless,
+    check_gamma,
+    check_numbers,
+    check_threads,
+)
 
-AlgorithmConfig: TypeAlias = PPO | A2C | OneStepActorCritic | Reinforce | GRPO | RLOO | SFT | Preference | KTO
+AlgorithmConfig: TypeAlias = (
+    PPO
+    | A2C
+    | OneStepActorCritic
+    | Reinforce
+    | GRPO
+    | RLOO
+    | SFT
+    | Preference
+    | KTO
+    | ActorCriticLambda
+    | TDLambda
+    | AverageReward
+)
 """The algorithms a configuration file may name. A new algorithm is one file and its name in this line."""
 
 
@@ -116,11 +150,13 @@ class EvaluationConfig:
     """Episodes at the end of the run."""
     environments: int = 10
     """Evaluation environments side by side, never more than episodes."""
+    horizon: int = 1000
+    """Steps of an episode of evaluation where the task itself need not end; its average reward is reported with it."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that have no meaning."""
         at_least(0, times=self.times, final_episodes=self.final_episodes)
-        at_least(1, episodes=self.episodes, environments=self.environments)
+        at_least(1, episodes=self.episodes, environments=self.environments, horizon=self.horizon)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +239,7 @@ class Run:
         check_threads(self.threads)
         at_least(0, seed=self.seed, every_steps=self.log.every_steps, diagnose_every=self.log.diagnose_every)
         check_beginning(self)
+        check_endless(self)
         check_gamma(self.algorithm.gamma)
         check_numbers(self.algorithm)
         check_numbers(self.optimizer)

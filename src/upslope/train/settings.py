@@ -51,6 +51,42 @@ def check_threads(threads: int) -> None:
         raise ValueError(f"threads must be at most {MOST_THREADS}, got {threads}; small networks want 1")
 
 
+def check_endless(run: Any) -> None:
+    """Refuse traces that would not be followed step by step, and what has no meaning in a task without end."""
+    name, algorithm, passes = type(run.algorithm).__name__, run.algorithm, run.algorithm.passes
+    if passes.traces is not None:
+        if getattr(run.rollout, "steps", None) != 1:
+            raise ValueError(
+                f"{name} learns online, at every step: set rollout.steps to 1 and rollout.episodes to None"
+            )
+        if run.optimizer.micro_batches != 1:
+            raise ValueError(
+                f"{name} learns from single steps, which cannot be split: set optimizer.micro_batches to 1"
+            )
+    if algorithm.target.gradient == "average_reward":
+        if getattr(run.rollout, "steps", None) is None:
+            raise ValueError(f"{name} learns in a task without end: set rollout.steps, and rollout.episodes to None")
+        if run.policy.normalize_reward:
+            raise ValueError(
+                f"normalize_reward goes by discounted returns, and {name} has no discount: set policy.normalize_reward "
+                "to False"
+            )
+    if run.environment.continuing and getattr(run.rollout, "episodes", None) is not None:
+        raise ValueError(
+            "environment.continuing takes the time limit away, and rollout.episodes asks for whole episodes: set "
+            "rollout.steps instead, or environment.continuing to False"
+        )
+
+
+def check_natural(run: Any) -> None:
+    """Refuse what would move an actor whose only step is a natural one."""
+    if run.algorithm.passes.natural is not None and run.optimizer.weight_decay:
+        raise ValueError(
+            f"the optimiser fits the critic of {type(run.algorithm).__name__}, and its weight_decay would move the "
+            "actor, too, outside the trust region: set optimizer.weight_decay to 0"
+        )
+
+
 def check_beginning(run: Any) -> None:
     """Refuse a reference that nobody asks for, and an actor held still that would move all the same."""
     at_least(0, critic_first=run.critic_first)
