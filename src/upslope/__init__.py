@@ -6,9 +6,11 @@ from upslope import recipes as recipes
 from upslope.algorithms import A2C as A2C
 from upslope.algorithms import GRPO as GRPO
 from upslope.algorithms import KTO as KTO
+from upslope.algorithms import NPG as NPG
 from upslope.algorithms import PPO as PPO
 from upslope.algorithms import RLOO as RLOO
 from upslope.algorithms import SFT as SFT
+from upslope.algorithms import TRPO as TRPO
 from upslope.algorithms import OneStepActorCritic as OneStepActorCritic
 from upslope.algorithms import Preference as Preference
 from upslope.algorithms import ReferenceKL as ReferenceKL

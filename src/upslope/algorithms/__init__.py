@@ -5,6 +5,7 @@ from upslope.algorithms.actor_critic import OneStepActorCritic as OneStepActorCr
 from upslope.algorithms.average_reward import AverageReward as AverageReward
 from upslope.algorithms.grpo import GRPO as GRPO
 from upslope.algorithms.kto import KTO as KTO
+from upslope.algorithms.npg import NPG as NPG
 from upslope.algorithms.ppo import PPO as PPO
 from upslope.algorithms.preference import Preference as Preference
 from upslope.algorithms.protocol import Algorithm as Algorithm
@@ -24,3 +25,4 @@ from upslope.algorithms.rloo import RLOO as RLOO
 from upslope.algorithms.sft import SFT as SFT
 from upslope.algorithms.traces import ActorCriticLambda as ActorCriticLambda
 from upslope.algorithms.traces import TDLambda as TDLambda
+from upslope.algorithms.trpo import TRPO as TRPO

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -54,6 +54,10 @@ class Recorder:
         )
         self.ascents.append(ascent)
         return float(ascent.norm())
+
+    def step_by(self, move: Callable[[], None]) -> float:
+        """Keep minus the gradient, and leave the step to itself; returns its norm."""
+        return self.step(0.0)
 
 
 @dataclass(slots=True)

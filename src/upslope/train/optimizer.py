@@ -6,6 +6,8 @@ clipping and stepping are one call each however many layers there are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -49,6 +51,7 @@ class FlatOptimizer:
             parameter.data = self.flat.data[start:end].view(parameter.shape)
             parameter.grad = self.gradient[start:end].view(parameter.shape)
             start = end
+        self.parameters = tuple(parameters)
         self._optimizer = _build(self.flat, config)
 
     @property
@@ -74,24 +77,47 @@ class FlatOptimizer:
         Raises:
             NonFiniteGradientError: after `max_skipped` skipped steps in a row.
         """
-        if self.held is not None:
-            self.gradient.masked_fill_(self.held, 0.0)
-        norm = float(torch.linalg.vector_norm(self.gradient))
-        if not norm < float("inf"):
-            self.skipped += 1
-            if self.skipped >= self.config.max_skipped:
-                raise NonFiniteGradientError(
-                    f"the gradient was not finite in {self.skipped} optimiser steps in a row (norm {norm}); lower the "
-                    "learning rate, or look at the rewards and observations of the last rollout"
-                )
+        norm = self._norm()
+        if self.skipped:
             return norm
-        self.skipped = 0
         limit = self.config.max_gradient_norm
         if limit is not None and limit < norm + 1e-6:
             self.gradient.mul_(limit / (norm + 1e-6))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
+        return norm
+
+    def step_by(self, move: Callable[[], None]) -> float:
+        """Let `move` move the parameters by the gradient, without any moments or clipping.
+
+        Where `held` is set, the parameters that it marks have no gradient; one that is not finite is skipped.
+
+        Args:
+            move: reads the gradients of the parameters and moves these in place.
+
+        Returns:
+            The gradient's norm.
+
+        Raises:
+            NonFiniteGradientError: after `max_skipped` skipped steps in a row.
+        """
+        norm = self._norm()
+        if not self.skipped:
+            move()
+        return norm
+
+    def _norm(self) -> float:
+        """Of the gradient, without what is held; counts in a row those that are not finite."""
+        if self.held is not None:
+            self.gradient.masked_fill_(self.held, 0.0)
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        self.skipped = 0 if norm < float("inf") else self.skipped + 1
+        if self.skipped >= self.config.max_skipped:
+            raise NonFiniteGradientError(
+                f"the gradient was not finite in {self.skipped} optimiser steps in a row (norm {norm}); lower the "
+                "learning rate, or look at the rewards and observations of the last rollout"
+            )
         return norm
 
     def state(self) -> Tree:

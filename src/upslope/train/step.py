@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from upslope.algorithms.protocol import Algorithm, Now, Passes, State
 from upslope.diagnostics import Meter, explained_variance
 from upslope.errors import UsageError
 from upslope.estimators import k3
+from upslope.train.natural import natural_update
 from upslope.trajectory import Batch, Policy, Signal, Trajectory, map_observation
 
 
@@ -31,6 +33,15 @@ class Stepper(Protocol):
 
     def step(self, learning_rate: float) -> float:
         """Use the gradient; returns its norm."""
+        ...
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What it moves."""
+        ...
+
+    def step_by(self, move: Callable[[], None]) -> float:
+        """Let `move` move the parameters by the gradient, without any moments or clipping; returns its norm."""
         ...
 
 
@@ -94,6 +105,7 @@ def learn(
     advantage = signal.advantage
     batch = _batch(policy, passes, trajectory, value, signal, reference)
     totals = _Totals(measure_mismatch=policy.sequential and _sampled(batch))
+    of_step: dict[str, float] = {}
     for epoch in range(passes.epochs):
         if epoch and passes.recompute_advantage:
             value, _, signal = _signal(policy, algorithm, trajectory, now)
@@ -109,10 +121,25 @@ def learn(
             going = not (passes.kl_stop == "before_step" and totals.kl_beyond(passes.target_kl, 1.5))
             if not going:
                 break
-            totals.add_norm(optimizer.step(learning_rate))
+            if passes.natural is None:
+                totals.add_norm(optimizer.step(learning_rate))
+                continue
+            cut = replace(passes, minibatches=min(passes.natural.critic_minibatches, len(minibatch.mask)))
+            norm, of_step = natural_update(
+                policy,
+                algorithm,
+                optimizer,
+                minibatch,
+                now,
+                learning_rate=learning_rate,
+                first=_select(minibatch, slice(0, 1)),
+                pieces=partial(_pieces, parts=optimizer.micro_batches, together=passes.together),
+                minibatches=partial(_minibatches, minibatch, cut, generator),
+            )
+            totals.add_norm(norm)
         if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
             break
-    metrics = {**totals.means(), **{name: float(metric) for name, metric in signal.metrics.items()}}
+    metrics = {**totals.means(), **of_step, **{name: float(metric) for name, metric in signal.metrics.items()}}
     if batch.behaviour_distribution is not None:
         with torch.no_grad():
             kl = batch.behaviour_distribution.kl(policy.evaluate(batch).distribution)
@@ -259,6 +286,15 @@ def _part(batch: Batch, part: int, parts: int, together: int) -> Batch:
     return _select(batch, slice(count * part // parts * together, count * (part + 1) // parts * together))
 
 
+def _pieces(batch: Batch, parts: int, together: int) -> Iterator[Batch]:
+    """The micro-batches of an optimiser step that hold any chosen step."""
+    parts = min(parts, batch.mask.shape[0] // together)
+    for part in range(parts):
+        piece = batch if parts == 1 else _micro_batch(batch, part, parts, together)
+        if piece.mask.dim() == 1 or bool(piece.mask.any()):
+            yield piece
+
+
 def _micro_batch(batch: Batch, part: int, parts: int, together: int) -> Batch:
     piece = _part(batch, part, parts, together)
     return replace(piece, share=int(piece.mask.sum()) / int(batch.mask.sum()))
@@ -317,13 +353,8 @@ def _differentiate(
 ) -> None:
     """Leave the gradient of one optimiser step where the optimiser looks for it."""
     optimizer.zero_gradient()
-    together = algorithm.passes.together
-    parts = min(optimizer.micro_batches, minibatch.mask.shape[0] // together)
     metrics: dict[str, Tensor] = {}
-    for part in range(parts):
-        piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts, together)
-        if piece.mask.dim() > 1 and not bool(piece.mask.any()):
-            continue
+    for piece in _pieces(minibatch, optimizer.micro_batches, algorithm.passes.together):
         evaluation = policy.evaluate(piece)
         if totals.measure_mismatch:
             apart = _mismatch(piece, evaluation.log_prob)
