@@ -10,9 +10,11 @@ from upslope.algorithms import (
     A2C,
     GRPO,
     KTO,
+    NPG,
     PPO,
     RLOO,
     SFT,
+    TRPO,
     ActorCriticLambda,
     AverageReward,
     OneStepActorCritic,
@@ -31,6 +33,7 @@ from upslope.train.settings import (
     check_choices,
     check_endless,
     check_gamma,
+    check_natural,
     check_numbers,
     check_threads,
 )
@@ -48,6 +51,8 @@ AlgorithmConfig: TypeAlias = (
     | ActorCriticLambda
     | TDLambda
     | AverageReward
+    | TRPO
+    | NPG
 )
 """The algorithms a configuration file may name. A new algorithm is one file and its name in this line."""
 
@@ -240,6 +245,7 @@ class Run:
         at_least(0, seed=self.seed, every_steps=self.log.every_steps, diagnose_every=self.log.diagnose_every)
         check_beginning(self)
         check_endless(self)
+        check_natural(self)
         check_gamma(self.algorithm.gamma)
         check_numbers(self.algorithm)
         check_numbers(self.optimizer)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from upslope.algorithms import GRPO, KTO, PPO, RLOO, SFT, Preference, Reinforce, RewardModel
+from upslope.algorithms import GRPO, KTO, NPG, PPO, RLOO, SFT, TRPO, Preference, Reinforce, RewardModel
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
 from upslope.collect.rewards.http import OUTAGE
 from upslope.collect.tasks.arithmetic import Addition, ThinkOrBlurt
@@ -18,7 +18,7 @@ from upslope.collect.tasks.protocol import Task
 from upslope.policies.language.config import LanguageModelConfig
 from upslope.train.config import CheckpointConfig, LogConfig, OptimizerConfig
 from upslope.train.settings import START as START
-from upslope.train.settings import at_least, check_choices, check_gamma, check_numbers, check_threads
+from upslope.train.settings import at_least, check_choices, check_gamma, check_natural, check_numbers, check_threads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class GivenTask:
 TaskSettings: TypeAlias = Addition | ThinkOrBlurt | Countdown | Calculator | ReasoningGym | Files | GivenTask
 """The tasks a configuration file may name."""
 
-LanguageAlgorithm: TypeAlias = Reinforce | RLOO | GRPO | PPO | SFT | Preference | KTO | RewardModel
+LanguageAlgorithm: TypeAlias = Reinforce | RLOO | GRPO | PPO | TRPO | NPG | SFT | Preference | KTO | RewardModel
 """The algorithms a language model may be trained by in a configuration file."""
 
 _LEARNS_FROM: Final[dict[type[Any], tuple[type[Any], ...]]] = {
@@ -48,6 +48,8 @@ _LEARNS_FROM: Final[dict[type[Any], tuple[type[Any], ...]]] = {
     RLOO: (CompletionConfig,),
     GRPO: (CompletionConfig,),
     PPO: (CompletionConfig,),
+    TRPO: (CompletionConfig,),
+    NPG: (CompletionConfig,),
     SFT: (DemonstrationConfig,),
     Preference: (PairConfig,),
     KTO: (PairConfig, DemonstrationConfig),
@@ -181,6 +183,7 @@ class LanguageRun:
         own = (self.algorithm,) if type(self.algorithm) in get_args(LanguageAlgorithm) else ()
         for part in (self, self.model, self.optimizer, *own):
             check_choices(part)
+        check_natural(self)
         check_combination(self)
 
     @property
