@@ -20,14 +20,20 @@ from upslope.collect.check_vector import VectorWalk
 from upslope.collect.conformance import tick_cases
 from upslope.collect.convert import ObservationLayout, action_cast, convert_action_space
 from upslope.collect.environments import EnvironmentCollector
-from upslope.collect.errors import EnvironmentFailureError, UnknownEnvironmentError, UnsupportedSpaceError
+from upslope.collect.errors import (
+    ActionMaskError,
+    EnvironmentFailureError,
+    UnknownEnvironmentError,
+    UnsupportedSpaceError,
+)
 from upslope.collect.evaluation import environment_seeds
 from upslope.collect.finite import FiniteFactory
 from upslope.collect.make import EnvironmentConfig, environment_factory, has_native, native_factory
+from upslope.collect.masks import MaskSpace
 from upslope.collect.resume import freeze, resume_problem
 from upslope.collect.vector import Factory, SyncEnvironments, VectorEnvironment
 from upslope.collect.workers import AsyncEnvironments
-from upslope.spaces import Leaf
+from upslope.spaces import ACTION_MASK, Leaf, masked_sizes
 from upslope.streams import Purpose
 from upslope.trajectory import ObservationArrays
 
@@ -140,26 +146,25 @@ def factory_from_file(place: str) -> Callable[[], Any]:
 
 
 def _check_single(factory: Factory, steps: int, seed: int) -> list[Finding]:
-    environment = factory()
     try:
+        environment = factory()
         space = ObservationLayout(environment.observation_space).space
         action_space = convert_action_space(environment.action_space)
-    except UnsupportedSpaceError as error:
+    except (UnsupportedSpaceError, ActionMaskError) as error:
         return [Finding("problem", str(error))]
     findings = [Finding("ok", f"observations {space}"), Finding("ok", f"actions {action_space}")]
-    actions = _actions(environment, action_space, steps, seed)
-    walk = _Walk(environment, seed)
-    for action in actions:
-        if walk.problem is not None:
-            break
-        walk.step(action)
+    walk, actions = _Walk(environment, seed), list[Any]()
+    choose = _chooser(environment, action_space, seed)
+    while walk.problem is None and len(actions) < steps:
+        actions.append(choose(walk.mask))
+        walk.step(actions[-1])
     environment.close()
     if walk.problem is not None:
         return [*findings, Finding("problem", walk.problem)]
     findings.append(
         Finding("ok", f"{walk.steps} random steps: observations in their space, rewards finite, flags boolean")
     )
-    findings.append(walk.ends())
+    findings += [walk.ends(), *walk.masks()]
     findings.append(_seeding(factory, actions[:200], seed, walk.trace[:201]))
     problem = resume_problem(lambda: SyncEnvironments([factory], resume="snapshot"), seed=seed)
     findings.append(
@@ -175,9 +180,17 @@ def _check_single(factory: Factory, steps: int, seed: int) -> list[Finding]:
     return findings
 
 
-def _actions(environment: gymnasium.Env[Any, Any], space: Leaf, steps: int, seed: int) -> list[Any]:
-    batch = action_cast(environment.action_space)(random_action(space, np.random.default_rng(seed), steps))
-    return batch.tolist() if batch.ndim == 1 else list(batch)
+def _chooser(
+    environment: gymnasium.Env[Any, Any], space: Leaf, seed: int
+) -> Callable[[np.ndarray | None], int | np.ndarray]:
+    """A random action, valid by the mask [1, *] if there is one, as the environment takes it."""
+    generator, cast_action = np.random.default_rng(seed), action_cast(environment.action_space)
+
+    def choose(mask: np.ndarray | None) -> int | np.ndarray:
+        action = cast_action(random_action(space, generator, 1, mask))
+        return action[0].item() if action.ndim == 1 else action[0]
+
+    return choose
 
 
 class _Walk:
@@ -188,16 +201,27 @@ class _Walk:
         self.steps = self.terminations = self.truncations = 0
         self.problem: str | None = None
         self.trace: list[Any] = []
-        result = environment.reset(seed=seed)
+        self.mask: np.ndarray | None = None
+        self._valid: list[float] = []
+        self._unused = False
+        try:
+            result = environment.reset(seed=seed)
+        except ActionMaskError as error:
+            self.problem = str(error)
+            return
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             self.problem = f"reset() must return (observation, info dict), it returned {result!r:.80}"
             return
+        self._unused = ACTION_MASK in result[1]
         self._see(result[0], "reset()")
         self.trace.append(freeze(result[0]))
 
     def step(self, action: Any) -> None:
         try:
             result = self._environment.step(action)
+        except ActionMaskError as error:
+            self.problem = str(error)
+            return
         except Exception as error:
             text = f"step {self.steps + 1} with the action {action!r} raised {type(error).__name__}: {error}"
             raise EnvironmentFailureError(text, 0) from error
@@ -231,8 +255,24 @@ class _Walk:
             "counted and evaluation cannot finish",
         )
 
+    def masks(self) -> list[Finding]:
+        """What was seen of masks of valid actions."""
+        if self.mask is not None:
+            share, restricted = float(np.mean(self._valid)), float(np.mean(np.array(self._valid) < 1.0))
+            text = (
+                f"masks of valid actions: {share:.0%} of the choices are valid, in {restricted:.0%} of states not all"
+            )
+            return [Finding("ok", text)]
+        if not self._unused:
+            return []
+        text = 'info["action_mask"] says which actions are valid, and is not used: set environment.action_mask to info'
+        return [Finding("note", text)]
+
     def _see(self, observation: Any, where: str) -> None:
         space = self._environment.observation_space
+        if isinstance(space, gymnasium.spaces.Dict) and isinstance(space.spaces.get(ACTION_MASK), MaskSpace):
+            self.mask = np.asarray(observation[ACTION_MASK])[None]
+            self._valid.append(float(self.mask.mean()))
         if space.contains(observation):
             if not _finite(observation):
                 self.problem = f"{where}: the observation is not finite: {observation!r:.120}"
@@ -274,7 +314,8 @@ def _twin(factory: Factory, environments: VectorEnvironment, steps: int, seed: i
     count = environments.num_envs
     how = f"{count} x {environments.vectorization}"
     collector = EnvironmentCollector(environments, steps=steps, seed=seed)
-    trajectory = collector.collect(RandomPolicy(environments.action_space), 0)
+    masked = masked_sizes(environments.observation_space) is not None
+    trajectory = collector.collect(RandomPolicy(environments.action_space, masked=masked), 0)
     collector.close()
     seeds = environment_seeds(seed, Purpose.ENVIRONMENT, 0, 0, count)
     lives = [_life(factory, trajectory.action[row].numpy(), seeds[row]) for row in range(count)]

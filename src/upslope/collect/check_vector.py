@@ -12,6 +12,7 @@ from upslope.collect.actions import random_action
 from upslope.collect.autoreset import announced_observations, autoreset_mode
 from upslope.collect.convert import ObservationLayout, action_cast, convert_action_space
 from upslope.collect.errors import EnvironmentFailureError
+from upslope.collect.masks import mask_of
 from upslope.collect.resume import freeze
 from upslope.trajectory import ObservationArrays, map_observation
 
@@ -119,9 +120,11 @@ class VectorWalk:
         trace: list[Any] = [freeze(before)]
         resetting, self.ended = np.zeros(count, dtype=bool), 0
         for number in range(1, self._length + 1):
-            action = self._cast(random_action(self.action_space, generator, count))
+            action = self._cast(random_action(self.action_space, generator, count, mask_of(before)))
             if other is not None and resetting.any():
-                action[resetting] = self._cast(random_action(self.action_space, other, count))[resetting]
+                action[resetting] = self._cast(random_action(self.action_space, other, count, mask_of(before)))[
+                    resetting
+                ]
             theirs, reward, terminated, truncated, info = self._call(
                 f"step {number}", lambda action=action: environment.step(action)
             )

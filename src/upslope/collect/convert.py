@@ -10,7 +10,18 @@ import gymnasium
 import numpy as np
 
 from upslope.collect.errors import UnsupportedSpaceError
-from upslope.spaces import Box, Composite, Discrete, Leaf, MultiBinary, MultiDiscrete, Space
+from upslope.collect.masks import MaskSpace
+from upslope.spaces import (
+    ActionMask,
+    Box,
+    Composite,
+    Discrete,
+    Leaf,
+    MultiBinary,
+    MultiDiscrete,
+    ObservationLeaf,
+    Space,
+)
 from upslope.trajectory import ObservationArrays, map_observation
 
 
@@ -129,25 +140,28 @@ class _Entry:
         return (array - self.offset if self.shifted else array).astype(self.dtype, copy=False)
 
 
-def _entries(space: gymnasium.Space[Any], name: str, path: tuple[Any, ...]) -> list[tuple[_Entry, Leaf]]:
+def _entries(space: gymnasium.Space[Any], name: str, path: tuple[Any, ...]) -> list[tuple[_Entry, ObservationLeaf]]:
     children: list[tuple[str, Any, gymnasium.Space[Any]]]
     match space:
         case gymnasium.spaces.Dict():
             children = [(str(key), key, child) for key, child in space.spaces.items()]
         case gymnasium.spaces.Tuple():
             children = [(str(position), position, child) for position, child in enumerate(space.spaces)]
+        case MaskSpace():
+            mask = ActionMask(space.sizes)
+            return [(_entry(mask, name, path, tuple(space.shape)), mask)]
         case _:
             leaf = _leaf(space, f"the observation's entry {name!r}" if name else "the observation space")
             return [(_entry(leaf, name, path, tuple(space.shape or ())), leaf)]
     if not children:
         raise UnsupportedSpaceError(f"{space} has no entries: there is nothing for a policy to see")
-    result: list[tuple[_Entry, Leaf]] = []
+    result: list[tuple[_Entry, ObservationLeaf]] = []
     for label, key, child in children:
         result += _entries(child, f"{name}/{label}" if name else label, (*path, key))
     return result
 
 
-def _entry(leaf: Leaf, name: str, path: tuple[Any, ...], theirs: tuple[int, ...]) -> _Entry:
+def _entry(leaf: ObservationLeaf, name: str, path: tuple[Any, ...], theirs: tuple[int, ...]) -> _Entry:
     shape, dtype, offset = (), np.dtype(np.int64), np.zeros((), np.int64)
     match leaf:
         case Box():
@@ -158,6 +172,8 @@ def _entry(leaf: Leaf, name: str, path: tuple[Any, ...], theirs: tuple[int, ...]
             shape, offset = (len(leaf.choices),), np.array(leaf.start, dtype=np.int64)
         case MultiBinary():
             shape, dtype = (leaf.n,), np.dtype(np.int8)
+        case ActionMask():
+            shape, dtype = (sum(leaf.sizes),), np.dtype(bool)
     return _Entry(name, path, shape, dtype, offset, bool(offset.any()), theirs == shape)
 
 
@@ -186,8 +202,11 @@ class ObservationLayout:
             raise UnsupportedSpaceError(
                 f"two entries of the observation space flatten to one name: {names}. Rename the keys that contain '/'"
             )
+        alone = pairs[0][1]
         self.space: Space = (
-            Composite(tuple((entry.name, leaf) for entry, leaf in pairs)) if self.composite else pairs[0][1]
+            Composite(tuple((entry.name, leaf) for entry, leaf in pairs))
+            if self.composite or isinstance(alone, ActionMask)
+            else alone
         )
 
     def sizes(self) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:

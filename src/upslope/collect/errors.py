@@ -23,6 +23,10 @@ class NonFiniteError(ValueError):
     """An observation, action, reward or log-prob is NaN or infinite."""
 
 
+class ActionMaskError(ValueError):
+    """A mask of valid actions that is missing, is none, or leaves nothing to do."""
+
+
 class UnsupportedAutoresetError(ValueError):
     """A vector environment that does not say, or says wrongly, how it resets."""
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from upslope.collect.actions import random_action
-from upslope.collect.vector import VectorEnvironment
+from upslope.collect.masks import mask_of
+from upslope.collect.vector import Step, VectorEnvironment
+from upslope.trajectory import ObservationArrays
 
 
 def resume_problem(make: Callable[[], VectorEnvironment], *, seed: int = 0, steps: int = 20) -> str | None:
@@ -25,14 +27,12 @@ def resume_problem(make: Callable[[], VectorEnvironment], *, seed: int = 0, step
     first, second = make(), make()
     try:
         generator = np.random.default_rng(seed)
-        actions = [random_action(first.action_space, generator, first.num_envs) for _ in range(7 + steps)]
-        first.reset([seed] * first.num_envs)
-        _walk(first, actions[:7])
+        observation, _, _ = _wander(first, first.reset([seed] * first.num_envs), generator, 7)
         tree = first.snapshot()
-        expected = _walk(first, actions[7:])
+        _, expected, actions = _wander(first, observation, generator, steps)
         second.reset([seed + 1] * second.num_envs)
         second.restore(tree)
-        if expected != _walk(second, actions[7:]):
+        if expected != _walk(second, actions):
             return "an environment restored from a snapshot went on differently"
     except ValueError as error:
         return str(error)
@@ -42,12 +42,29 @@ def resume_problem(make: Callable[[], VectorEnvironment], *, seed: int = 0, step
     return None
 
 
+def _wander(
+    environments: VectorEnvironment, observation: ObservationArrays, generator: np.random.Generator, steps: int
+) -> tuple[ObservationArrays, list[Any], list[np.ndarray]]:
+    """The observation after valid random actions, what they brought, and the actions."""
+    trace, actions = list[Any](), list[np.ndarray]()
+    for _ in range(steps):
+        chosen = random_action(environments.action_space, generator, environments.num_envs, mask_of(observation))
+        step = environments.step(chosen)
+        observation = step.observation
+        actions.append(chosen)
+        trace.append(_seen(step))
+    return observation, trace, actions
+
+
 def _walk(environments: VectorEnvironment, actions: list[np.ndarray]) -> list[Any]:
     trace: list[Any] = []
     for action in actions:
-        step = environments.step(action)
-        trace.append(freeze([step.observation, step.reward, step.terminated, step.truncated, step.final]))
+        trace.append(_seen(environments.step(action)))
     return trace
+
+
+def _seen(step: Step) -> Any:
+    return freeze([step.observation, step.reward, step.terminated, step.truncated, step.final])
 
 
 def freeze(tree: Any) -> Any:

@@ -10,7 +10,12 @@ import gymnasium
 import numpy as np
 
 from upslope.collect.convert import ObservationLayout, action_cast, convert_action_space, copy_arrays
-from upslope.collect.errors import EnvironmentFailureError, UnknownEnvironmentError
+from upslope.collect.errors import (
+    ActionMaskError,
+    EnvironmentFailureError,
+    UnknownEnvironmentError,
+    UnsupportedSpaceError,
+)
 from upslope.collect.snapshot import restore_environment, snapshot_environment
 from upslope.spaces import Discrete, Leaf, Space
 from upslope.trajectory import ObservationArrays, Tree, map_observation
@@ -181,7 +186,7 @@ class SyncEnvironments:
         for index, factory in enumerate(self._factories):
             try:
                 self._environments.append(factory())
-            except UnknownEnvironmentError:
+            except (UnknownEnvironmentError, UnsupportedSpaceError, ActionMaskError):
                 raise
             except Exception as error:
                 raise self._failure(index, error, "could not be made") from error
