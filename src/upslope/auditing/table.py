@@ -20,6 +20,7 @@ from upslope.auditing.cases import (
     reductions,
     returns,
     sequences,
+    shaping,
 )
 from upslope.auditing.cases import algorithms as algorithm_cases
 from upslope.auditing.cases.case import Case
@@ -63,6 +64,7 @@ def all_cases() -> Iterator[Case]:
         reductions,
         preference,
         curvature,
+        shaping,
     ):
         yield from room.cases()
 

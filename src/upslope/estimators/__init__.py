@@ -58,6 +58,7 @@ from upslope.estimators.returns import (
     total_reward,
     vtrace,
 )
+from upslope.estimators.shaping import potential_shaping
 
 __all__ = [
     "LineSearch",
@@ -100,6 +101,7 @@ __all__ = [
     "negative_log_likelihood",
     "orpo",
     "per_decision_log_weight",
+    "potential_shaping",
     "reward_to_go",
     "robust_dpo",
     "sampled_entropy",
