@@ -28,7 +28,7 @@ from upslope.exact import PROBLEMS, problem, solve
 from upslope.train import resume, train
 from upslope.train.config_file import recorded_run
 from upslope.train.evaluate import evaluate_run
-from upslope.train.problems import EVALUATION_LIMIT, named_problem
+from upslope.train.problems import named_problem
 
 EPISODES = {"rollout": RolloutConfig(steps=None, episodes=6), "steps": 600}
 WITHOUT_CRITIC = ActorCriticConfig(hidden=(8,), critic=False)
@@ -90,9 +90,10 @@ def test_tables_are_stepped_natively_and_a_seed_means_the_same_one_by_one(tmp_pa
 def test_every_problem_trains_by_name(name: str, tmp_path: Path) -> None:
     """Evaluation, too, whose episodes are cut where they do not end."""
     evaluation = EvaluationConfig(times=0, episodes=1, final_episodes=1)
-    result = train(tiny(tmp_path, environment=on(name), evaluation=evaluation, steps=96))
+    run = tiny(tmp_path, environment=on(name), evaluation=evaluation, steps=96)
+    result = train(run)
     assert result.evaluation is not None
-    assert result.evaluation.deterministic_lengths.max() <= EVALUATION_LIMIT
+    assert result.evaluation.deterministic_lengths.max() <= run.evaluation.horizon
 
 
 def test_the_problem_itself_may_be_given_as_an_object(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from upslope.algorithms.protocol import Now, scheduled
 from upslope.collect import EnvironmentCollector, EnvironmentFailureError, NonFiniteError
 from upslope.collect.vector import VectorEnvironment
 from upslope.diagnostics import Meter
+from upslope.errors import OffPolicyError
 from upslope.policies import ActorCritic
 from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to_tree
 from upslope.streams import Purpose, stream, torch_stream
 from upslope.train.acting import Acting
 from upslope.train.config import Run
 from upslope.train.given import environment_again
-from upslope.train.learner import GradientLearner, Learner
+from upslope.train.learner import learner_of
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import save
@@ -33,6 +34,7 @@ FIGURES = Figures(
     shown=(
         ("return", "episode_return", "{:.1f}"),
         ("length", "episode_length", "{:.1f}"),
+        ("average reward", "average_reward", "{:.3f}"),
         ("KL", "kl", "{:.4f}"),
         ("entropy", "entropy", "{:.3f}"),
         ("explained variance", "explained_variance", "{:.2f}"),
@@ -41,7 +43,7 @@ FIGURES = Figures(
         ("value loss", "value_loss", "{:.4g}"),
         ("learning rate", "learning_rate", "{:.2g}"),
     ),
-    spoken=("episode_return", "kl", "entropy", "explained_variance"),
+    spoken=("episode_return", "average_reward", "kl", "entropy", "explained_variance"),
     unit="steps",
 )
 """What is shown of an agent's updates."""
@@ -61,7 +63,7 @@ class ControlSession:
     """
 
     figures = FIGURES
-    failures = (EnvironmentFailureError, NonFiniteError)
+    failures = (EnvironmentFailureError, NonFiniteError, OffPolicyError)
 
     def __init__(self, run: Run, environments: VectorEnvironment, *, encoder: nn.Module | None, places: Places) -> None:
         self.run = run
@@ -73,8 +75,9 @@ class ControlSession:
         self.acting = Acting(self.policy, run.rollout, given=self.beginning.behaviour)
         optimizer = FlatOptimizer(self.policy, run.optimizer)
         self.hold = Hold(self.policy, optimizer, run.critic_first)
-        self.learner: Learner = GradientLearner(self.policy, run.algorithm, optimizer)
-        self.meter = Meter(_actor_gradient(self.policy, optimizer)) if run.log.diagnose_every else None
+        self.learner = learner_of(self.policy, run.algorithm, optimizer)
+        watched = run.log.diagnose_every and run.algorithm.passes.traces is None
+        self.meter = Meter(_actor_gradient(self.policy, optimizer)) if watched else None
         self.most_entropy = _most_entropy(environments.action_space)
         self.collector = EnvironmentCollector(
             environments,

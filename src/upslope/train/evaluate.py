@@ -18,18 +18,23 @@ from upslope.spaces import Box, Composite, Space
 from upslope.train.config import EvaluationConfig
 from upslope.train.config_file import read_evaluation
 from upslope.train.given import check_recorded, split_source
-from upslope.train.problems import evaluation_environments_of
+from upslope.train.problems import evaluation_environments_of, has_no_end
 from upslope.train.saving import load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationReport:
-    """Raw undiscounted returns and lengths [episodes], acting by the mode and by sampling."""
+    """Raw undiscounted returns and lengths [episodes], acting by the mode and by sampling.
+
+    Attributes:
+        endless: whether the task goes on without end, so that every episode is one of `horizon` steps.
+    """
 
     deterministic_returns: np.ndarray
     deterministic_lengths: np.ndarray
     stochastic_returns: np.ndarray
     stochastic_lengths: np.ndarray
+    endless: bool = False
 
     @property
     def score(self) -> float:
@@ -45,6 +50,17 @@ class EvaluationReport:
             "stochastic_std": float(self.stochastic_returns.std()),
             "length_mean": float(self.deterministic_lengths.mean()),
             "episodes": len(self.deterministic_returns),
+            **self.average_rewards,
+        }
+
+    @property
+    def average_rewards(self) -> dict[str, float]:
+        """The mean reward per step of a task without end, by name; nothing of other tasks."""
+        if not self.endless:
+            return {}
+        return {
+            "deterministic_average_reward": float(self.deterministic_returns.sum() / self.deterministic_lengths.sum()),
+            "stochastic_average_reward": float(self.stochastic_returns.sum() / self.stochastic_lengths.sum()),
         }
 
 
@@ -70,7 +86,10 @@ class Evaluator:
             vectorization="sync",
             resume="rebuild",
             truncation="bootstrap",
+            continuing=False,
+            time_limit=settings.horizon if environment.continuing else environment.time_limit,
         )
+        self._environment = environment
         self._settings = settings
         self._seed = seed
         self._source = source
@@ -106,7 +125,7 @@ class Evaluator:
         environments = self._environments
         if environments is None:
             with checking_usage():
-                made_of = evaluation_environments_of(self._config, self._source)
+                made_of = evaluation_environments_of(self._config, self._source, self._settings.horizon)
                 environments = make_environments(made_of, self._config)
             self._environments = environments
         _check_spaces(policy, environments)
@@ -121,6 +140,7 @@ class Evaluator:
             deterministic_lengths=mode.lengths,
             stochastic_returns=sampled.returns,
             stochastic_lengths=sampled.lengths,
+            endless=has_no_end(self._environment, self._source),
         )
 
     def close(self) -> None:

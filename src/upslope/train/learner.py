@@ -8,8 +8,10 @@ import numpy as np
 
 from upslope.algorithms.protocol import Algorithm, Now
 from upslope.diagnostics import Meter
+from upslope.policies import ActorCritic
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.step import Learned, learn
+from upslope.train.traces import TraceLearner, actor_and_critic
 from upslope.trajectory import Policy, Trajectory, Tree
 
 
@@ -81,3 +83,10 @@ class GradientLearner:
     def load_state(self, tree: Tree) -> None:
         """Go on from `state()`."""
         self._optimizer.load_state(tree)
+
+
+def learner_of(policy: ActorCritic, algorithm: Algorithm, optimizer: FlatOptimizer) -> Learner:
+    """Who learns as the algorithm declares: by eligibility traces, or by the gradient of its loss."""
+    if algorithm.passes.traces is not None:
+        return TraceLearner(policy, algorithm, optimizer, **actor_and_critic(policy))
+    return GradientLearner(policy, algorithm, optimizer)

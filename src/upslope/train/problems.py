@@ -11,9 +11,6 @@ from upslope.train.config import Run
 
 _PREFIX = "problem/"
 
-EVALUATION_LIMIT = 1000
-"""Steps after which an episode of evaluation is truncated, where tables have no time limit of their own."""
-
 
 def named_problem(config: EnvironmentConfig) -> FiniteFactory | None:
     """The environments of `problem/NAME`, with the time limit asked for or else the problem's own; None for other ids.
@@ -28,7 +25,8 @@ def named_problem(config: EnvironmentConfig) -> FiniteFactory | None:
             f"{config.id} is made of tables: it takes no environment.kwargs, and its preprocessing is 'none'"
         )
     found = problem(config.id.removeprefix(_PREFIX))
-    return FiniteFactory(found.mdp, found.limit if config.time_limit is None else config.time_limit)
+    own = None if config.continuing else found.limit
+    return FiniteFactory(found.mdp, own if config.time_limit is None else config.time_limit)
 
 
 def environments_of(config: EnvironmentConfig, source: Source | None) -> Source:
@@ -42,8 +40,8 @@ def environments_of(config: EnvironmentConfig, source: Source | None) -> Source:
     return named_problem(config) or config
 
 
-def evaluation_environments_of(config: EnvironmentConfig, source: Source | None) -> Source:
-    """The same for evaluation, which waits for the ends of episodes: tables without a time limit get one.
+def evaluation_environments_of(config: EnvironmentConfig, source: Source | None, horizon: int) -> Source:
+    """The same for evaluation, which waits for the ends of episodes: tables without a time limit get one, `horizon`.
 
     The most likely actions of a policy need never come to an end in a problem where those it samples do.
 
@@ -52,8 +50,18 @@ def evaluation_environments_of(config: EnvironmentConfig, source: Source | None)
     """
     made_of = environments_of(config, source)
     if isinstance(made_of, FiniteFactory) and made_of.time_limit is None and config.time_limit is None:
-        return replace(made_of, time_limit=EVALUATION_LIMIT)
+        return replace(made_of, time_limit=horizon)
     return made_of
+
+
+def has_no_end(config: EnvironmentConfig, source: Source | None) -> bool:
+    """Whether the task goes on without end, so that its average reward is what counts.
+
+    Raises:
+        UsageError: as `named_problem` does.
+    """
+    made_of = environments_of(config, source)
+    return config.continuing or (config.time_limit is None and isinstance(made_of, FiniteFactory) and made_of.endless)
 
 
 def check_ends(run: Run, source: Source) -> None:
