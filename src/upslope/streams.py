@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     EVALUATION_GENERATION = 8
     PROMPTS = 9
     TASK = 10
+    RECORDING = 11
+    SEGMENTS = 12
 
 
 def derived_seed(seed: int, purpose: Purpose, *indices: int) -> int:

@@ -51,5 +51,7 @@ class SegmentPairsConfig:
         for name in ("episodes", "drawn", "length", "pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.preferences is not None and self.file is None:
+            raise ValueError("preferences speak of recorded episodes: set rollout.file to those, too")
         if self.by not in ("segment", "to_go"):
             raise ValueError(f"by must be 'segment' or 'to_go', got {self.by!r}")

@@ -1,0 +1,164 @@
+"""Recorded episodes -> demonstrations: rows of what somebody else did, to be imitated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from upslope.collect.environments import EnvironmentCollector
+from upslope.collect.example_order import ExampleOrder
+from upslope.collect.given_data import RecordedConfig
+from upslope.collect.rows import Piece, row_lengths, take_pieces
+from upslope.collect.trajectory_file import Recording
+from upslope.collect.vector import VectorEnvironment
+from upslope.errors import UsageError
+from upslope.spaces import Composite, Space, space_to_tree
+from upslope.streams import Purpose, derived_seed
+from upslope.trajectory import Policy, Trajectory, Tree
+
+
+class RecordedCollector:
+    """Brings rows of recorded episodes in an order derived from the seed; a `upslope.trajectory.Collector`.
+
+    Nobody sampled them here: `behaviour_log_prob` is NaN where the mask is True, and what a recurrent recorder carried
+    is left out, since it means nothing to another policy.
+
+    Args:
+        recording: with episodes of the same spaces as the environments.
+        environments: that the policy is made for; stepped by nobody.
+        config: how many rows, and how long.
+        seed: of the run.
+
+    Attributes:
+        environments: as given; closed with the collector.
+        steps_taken: chosen steps of the last update's rows.
+
+    Raises:
+        UsageError: if the spaces differ, or nothing is recorded.
+    """
+
+    def __init__(
+        self, recording: Recording, environments: VectorEnvironment, config: RecordedConfig, *, seed: int
+    ) -> None:
+        check_recorded_spaces(recording, environments, str(config.file))
+        self.environments = environments
+        self._trajectory = unsampled(recording.trajectory)
+        self._pieces = _pieces(recording.trajectory, config.length)
+        if not self._pieces:
+            raise UsageError(f"{config.file} holds no chosen step: record episodes that a policy acted in")
+        self._rows = config.rows
+        self._order = ExampleOrder(len(self._pieces), seed=seed)
+        self.steps_taken = 0
+
+    def collect(self, policy: Policy, update: int) -> Trajectory:
+        """The next rows."""
+        pieces = [self._pieces[index] for index in self._order.take(self._rows)]
+        trajectory = take_pieces(self._trajectory, pieces)
+        self.steps_taken = int(trajectory.mask.sum())
+        return replace(trajectory, policy_version=update)
+
+    def finished(self) -> list[tuple[float, int]]:
+        """No episode is played."""
+        return []
+
+    def rebuild(self, update: int) -> None:
+        """Begin `update`: the rows before it are known from their number."""
+        self._order.cursor = update * self._rows
+
+    def snapshot(self) -> Tree:
+        """Which rows come next."""
+        return {"rows": self._order.snapshot()}
+
+    def restore(self, tree: Tree) -> None:
+        """Go on exactly there.
+
+        Raises:
+            ValueError: if it was made with another number of rows.
+        """
+        self._order.restore(tree["rows"])
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.environments.close()
+
+
+def record_episodes(
+    policy: Policy,
+    environments: VectorEnvironment,
+    *,
+    episodes: int,
+    seed: int,
+    about: Mapping[str, str] | None = None,
+) -> Recording:
+    """Let a policy play whole episodes, sampling its actions.
+
+    Args:
+        policy: who acts.
+        environments: to act in; left open.
+        episodes: at least one for each environment.
+        seed: decides where episodes begin and what is sampled; no training with the same seed sees the same numbers.
+        about: the recording, in words.
+
+    Raises:
+        ValueError: if there are fewer episodes than environments.
+        NonFiniteError: if an observation, action or reward is NaN or infinite.
+        EnvironmentFailureError: if an environment raises, crashes or hangs, or an episode does not end.
+    """
+    own = derived_seed(seed, Purpose.RECORDING)
+    trajectory = EnvironmentCollector(environments, episodes=episodes, seed=own).collect(policy, 0)
+    return Recording(
+        trajectory=trajectory,
+        observation_space=environments.observation_space,
+        action_space=environments.action_space,
+        about=dict(about or {}),
+    )
+
+
+def unsampled(trajectory: Trajectory) -> Trajectory:
+    """The same as given data: no log-prob of who acted, no group, no memory."""
+    nobody = torch.full_like(trajectory.behaviour_log_prob, torch.nan).masked_fill(~trajectory.mask, 0.0)
+    return replace(trajectory, behaviour_log_prob=nobody, group=None, memory=None)
+
+
+def _pieces(trajectory: Trajectory, length: int | None) -> Sequence[Piece]:
+    found: list[Piece] = []
+    for row, end in enumerate(row_lengths(trajectory).tolist()):
+        step = end if length is None else length
+        found += [Piece(row=row, start=at, stop=min(at + step, end)) for at in range(0, end, max(step, 1))]
+    chosen = trajectory.mask
+    return [piece for piece in found if bool(chosen[piece.row, piece.start : piece.stop].any())]
+
+
+def check_recorded_spaces(recording: Recording, environments: VectorEnvironment, where: str) -> None:
+    """Refuse recordings of another world; only how far observations reach may differ.
+
+    Args:
+        recording: to be learnt from.
+        environments: of the run.
+        where: what the recording is called in the error.
+
+    Raises:
+        UsageError: with both spaces.
+    """
+    if _outline(recording.observation_space) != _outline(environments.observation_space):
+        raise UsageError(
+            f"{where} was recorded with observations in {recording.observation_space}, the environment has "
+            f"{environments.observation_space}: record it in the environment of the run"
+        )
+    if _outline(recording.action_space) != _outline(environments.action_space):
+        raise UsageError(
+            f"{where} was recorded with actions in {recording.action_space}, the environment has "
+            f"{environments.action_space}: record it in the environment of the run"
+        )
+
+
+def _outline(space: Space) -> object:
+    if isinstance(space, Composite):
+        return [(name, _without_bounds(space_to_tree(leaf))) for name, leaf in space.entries]  # pyright: ignore[reportArgumentType]
+    return _without_bounds(space_to_tree(space))
+
+
+def _without_bounds(tree: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in tree.items() if name not in ("low", "high")}
