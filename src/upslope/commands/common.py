@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from upslope.train.session import AnyRun
 
 DONE, NOT_AS_DECLARED, BAD_INPUT, INTERRUPTED, KILLED = 0, 1, 2, 75, 130
+FAILED = 1
+"""A run of several failed, the others did not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from upslope.commands.common import DONE, INTERRUPTED, conclude, configured, say
+from upslope.commands.seeds import Seeds, taken_out, train_seeds
 from upslope.commands.starting import Made, find_start
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ upslope.Run or an upslope.LanguageRun. Settings are the fields of the recipe's c
 A recipe may start from what another recipe made (start_from): its newest finished result with the same seed is taken,
 and where there is none that recipe is trained first; --start-from PATH takes a policy folder or a run directory.
 Several recipes are trained one after the other, with the same settings, and end in one table.
+
+Several seeds train side by side, each in a process of its own, and end in an interquartile mean with its interval:
+
+  upslope train cartpole-ppo --seeds 5
+  upslope train cartpole-ppo --seeds 5 --jobs 2 --start-from "runs/mine-seed{seed}"
 
 `upslope train RECIPE --help` shows every setting of that recipe and what it is."""
 
@@ -59,7 +65,9 @@ def act(arguments: Sequence[str]) -> int:
         print(_HELP)
         return DONE
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
-    settings = list(arguments[len(names) :])
+    seeds, settings = taken_out(arguments[len(names) :])
+    if seeds.count is not None and not {"-h", "--help"} & set(settings):
+        return _seeds(names, settings, seeds)
     runs = [configured([name, *settings], "train") for name in names] or [configured(arguments, "train")]
     trained: list[_Trained] = []
     for name, run in runs:
@@ -76,6 +84,18 @@ def act(arguments: Sequence[str]) -> int:
         console.print()
         console.print(summary(rows, wide=console.width >= 120))
     return DONE
+
+
+def _seeds(names: Sequence[str], settings: Sequence[str], seeds: Seeds) -> int:
+    """Several seeds of each recipe; a recipe of which a seed failed does not keep the next one from being trained."""
+    if not names:
+        configured(settings, "train")
+    codes: list[int] = []
+    for name in names:
+        codes.append(train_seeds(name, settings, seeds))
+        if codes[-1] == INTERRUPTED:
+            break
+    return max(codes)
 
 
 def _train(name: str, run: AnyRun, settings: Sequence[str], made: list[_Trained]) -> _Trained:

@@ -174,7 +174,20 @@ def read_metrics(path: Path) -> list[dict[str, Value]]:
         FileNotFoundError: there is no such file.
         UsageError: another line is not a JSON object; the message names it.
     """
-    lines = path.read_bytes().split(b"\n")
+    return read_records(path.read_bytes(), path)
+
+
+def read_records(written: bytes, path: Path) -> list[dict[str, Value]]:
+    """The records of whole lines; what follows the last line's end is left out.
+
+    Args:
+        written: lines of a metrics file.
+        path: of that file, for messages.
+
+    Raises:
+        UsageError: a line is not a JSON object; the message names it.
+    """
+    lines = written.split(b"\n")
     records: list[dict[str, Value]] = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
