@@ -251,11 +251,15 @@ def _check(trajectory: Trajectory, observation_space: Space, action_space: Leaf)
         raise ValueError("final_index must rise within the trajectory's positions")
     for name, lead in (("observation", shape), ("final_observation", tuple(index.shape))):
         entry: Observation = getattr(trajectory, name)
-        leaves = dict(observation_space.entries) if isinstance(observation_space, Composite) else None
-        if isinstance(entry, dict) != (leaves is not None) or (isinstance(entry, dict) and set(entry) != {*leaves or ()}):
+        leaves = (
+            dict(observation_space.entries) if isinstance(observation_space, Composite) else {"": observation_space}
+        )
+        tensors = entry if isinstance(entry, dict) else {"": entry}
+        if set(tensors) != set(leaves):
             raise ValueError(f"the entries of {name} are not those of the observation space")
-        for key, tensor in entry.items() if isinstance(entry, dict) else [("", entry)]:
-            leaf = cast("Leaf", observation_space) if leaves is None else leaves[key]
+        for key, tensor in tensors.items():
+            leaf = leaves[key]
+            assert not isinstance(leaf, Composite)
             _check_leaf(f"{name} {key}".strip(), tensor, leaf, lead)
 
 
