@@ -11,11 +11,14 @@ from upslope.algorithms import PPO as PPO
 from upslope.algorithms import RLOO as RLOO
 from upslope.algorithms import SFT as SFT
 from upslope.algorithms import TRPO as TRPO
+from upslope.algorithms import ImportanceSampled as ImportanceSampled
 from upslope.algorithms import OneStepActorCritic as OneStepActorCritic
 from upslope.algorithms import Preference as Preference
 from upslope.algorithms import ReferenceKL as ReferenceKL
 from upslope.algorithms import Reinforce as Reinforce
 from upslope.algorithms import RewardModel as RewardModel
+from upslope.algorithms import StaleData as StaleData
+from upslope.algorithms import VTraceActorCritic as VTraceActorCritic
 from upslope.auditing import AuditReport as AuditReport
 from upslope.auditing import audit as audit
 from upslope.auditing import audit_loss as audit_loss

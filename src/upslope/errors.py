@@ -10,6 +10,10 @@ class UsageError(ValueError):
     """What was asked for cannot be done; the text says why, and what to ask for instead."""
 
 
+class OffPolicyError(UsageError):
+    """The data of another policy says too little about the one that learns."""
+
+
 @contextmanager
 def checking_usage() -> Iterator[None]:
     """Around what only checks and prepares what was asked for: a plain ValueError in here is a `UsageError`."""

@@ -13,7 +13,7 @@ from tabular_world import Choice, TabularPolicy, gradients, whole_batch
 from torch import Tensor
 from two_episodes import EXPECTED, chosen, policy_with_values, two_episodes
 
-from upslope.algorithms import A2C, PPO, Now, ReferenceKL
+from upslope.algorithms import A2C, PPO, Now, ReferenceKL, StaleData
 from upslope.train.config import OptimizerConfig
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.step import Learned, learn
@@ -322,6 +322,7 @@ CHANGES: dict[str, tuple[PPO, Any]] = {
     "normalize_advantage": (PPO(), False),
     "value_coefficient": (PPO(), 0.123),
     "entropy_coefficient": (PPO(), 0.123),
+    "entropy_schedule": (PPO(entropy_coefficient=0.1), "linear"),
     "dual_clip": (PPO(), 3.0),
     "value_clip": (PPO(), 0.123),
     "value_clip_pessimistic": (PPO(value_clip=0.2), False),
@@ -331,6 +332,7 @@ CHANGES: dict[str, tuple[PPO, Any]] = {
     "kl_stop": (PPO(target_kl=0.01), "after_epoch"),
     "recompute_advantage": (PPO(), True),
     "reference_kl": (PPO(), ReferenceKL(coefficient=0.1)),
+    "stale": (PPO(), StaleData(anchor="proximal")),
 }
 
 

@@ -4,6 +4,7 @@ from upslope.algorithms.actor_critic import A2C as A2C
 from upslope.algorithms.actor_critic import OneStepActorCritic as OneStepActorCritic
 from upslope.algorithms.average_reward import AverageReward as AverageReward
 from upslope.algorithms.grpo import GRPO as GRPO
+from upslope.algorithms.importance_sampled import ImportanceSampled as ImportanceSampled
 from upslope.algorithms.kto import KTO as KTO
 from upslope.algorithms.npg import NPG as NPG
 from upslope.algorithms.ppo import PPO as PPO
@@ -23,6 +24,8 @@ from upslope.algorithms.reinforce import Reinforce as Reinforce
 from upslope.algorithms.reward_model import RewardModel as RewardModel
 from upslope.algorithms.rloo import RLOO as RLOO
 from upslope.algorithms.sft import SFT as SFT
+from upslope.algorithms.stale import StaleData as StaleData
 from upslope.algorithms.traces import ActorCriticLambda as ActorCriticLambda
 from upslope.algorithms.traces import TDLambda as TDLambda
 from upslope.algorithms.trpo import TRPO as TRPO
+from upslope.algorithms.vtrace import VTraceActorCritic as VTraceActorCritic

@@ -20,6 +20,7 @@ from torch import Tensor
 from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled, scheduled_in_words
 from upslope.algorithms.ratios import chosen_log_prob
 from upslope.algorithms.reference_kl import ReferenceKL
+from upslope.algorithms.stale import StaleData
 from upslope.estimators import (
     adapted_coefficient,
     clipped,
@@ -77,6 +78,8 @@ class PPO:
     """Compute advantages anew with the current critic before each pass after the first."""
     reference_kl: ReferenceKL = field(default_factory=lambda: ReferenceKL(place="reward"))
     """The penalty on the distance from a frozen reference; in the reward of each step unless it says otherwise."""
+    stale: StaleData = field(default_factory=StaleData)
+    """What is done about data that older policies collected."""
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
@@ -115,6 +118,8 @@ class PPO:
             target_kl=self.target_kl,
             kl_stop=self.kl_stop,
             reference=self.reference_kl.needs,
+            proximal=self.stale.anchor == "proximal",
+            proximal_in_advantage=self.stale.corrects_advantage,
         )
 
     @property
@@ -137,10 +142,12 @@ class PPO:
         return {"kl_coefficient": self.kl_coefficient} if self.kl_coefficient > 0.0 else {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
-        """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
+        """A_t = GAE(gamma, lambda), the critic's target is A_t + V_t; or both of V-trace."""
         assert value is not None
         assert next_value is not None
         trajectory = self.reference_kl.rewarded(trajectory)
+        if self.stale.corrects_advantage:
+            return self.stale.signal(trajectory, value, next_value, gamma=self.gamma, trace_decay=self.gae_lambda)
         advantage = gae(
             trajectory.reward,
             trajectory.discount(self.gamma),
@@ -161,7 +168,8 @@ class PPO:
         """Clipped or penalised surrogate, value error and entropy bonus."""
         assert evaluation.value is not None
         clip = None if self.clip is None else scheduled(self.clip_schedule, self.clip, now.progress)
-        old, advantage = batch.behaviour_log_prob, batch.advantage
+        old = self.stale.old_log_prob(batch, evaluation.log_prob)
+        advantage, weighing = self.stale.weighted(batch.advantage, old, batch)
         kl = beta = None
         if self.kl_coefficient > 0.0:
             assert batch.behaviour_distribution is not None
@@ -180,7 +188,7 @@ class PPO:
         if self.entropy_coefficient != 0.0:
             coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
             per_step = per_step - coefficient * evaluation.entropy
-        metrics = surrogate_metrics(batch, evaluation, objective, value_error, clip)
+        metrics = weighing | surrogate_metrics(batch, evaluation, old, objective, value_error, clip)
         if self.reference_kl.on:
             log_prob = chosen_log_prob(batch, evaluation)
             penalty = self.reference_kl.of_loss(batch, evaluation, log_prob)
@@ -223,17 +231,18 @@ class PPO:
                 ", the larger of the two errors" if self.value_clip_pessimistic else ", the clipped error alone"
             )
         return {
-            "Psi": f"GAE(gamma={self.gamma}, lambda={self.gae_lambda})",
+            "Psi": self.stale.advantage_in_words(self.gamma, self.gae_lambda),
             "state weights": "gamma^t dropped (follows sum_s eta_1(s) sum_a grad pi q_gamma, not grad J_gamma)",
             "advantage scale": "standardised per minibatch" if self.normalize_advantage else "none",
-            "ratio": "per step, exp(log_prob - behaviour_log_prob)",
+            "ratio": self.stale.ratio_in_words(),
             "clip": f"{low} ({self.clip_schedule})" + (f", dual clip {self.dual_clip}" if self.dual_clip else ""),
             "KL": f"exact KL(old || new) in the loss, beta={self.kl_coefficient}{adaptive}"
             if self.kl_coefficient
             else "none",
             "reference KL": self.reference_kl.describe(),
             "KL stop": "never" if self.target_kl is None else f"{self.kl_stop}, target {self.target_kl} (k3 estimate)",
-            "value error": f"{self.value_coefficient} x {value}; target = GAE + V",
+            "value error": f"{self.value_coefficient} x {value}; target = "
+            + ("v of V-trace" if self.stale.corrects_advantage else "GAE + V"),
             "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": "step_mean over each minibatch",
             "passes": f"{self.epochs} epochs x {self.minibatches} minibatches"
@@ -242,16 +251,16 @@ class PPO:
 
 
 def surrogate_metrics(
-    batch: Batch, evaluation: Evaluation, objective: Tensor, value_error: Tensor, clip: float | None
+    batch: Batch, evaluation: Evaluation, old: Tensor, objective: Tensor, value_error: Tensor, clip: float | None
 ) -> dict[str, Tensor]:
     """Means over the batch of what one watches in a surrogate method."""
     with torch.no_grad():
-        log_ratio = evaluation.log_prob - batch.behaviour_log_prob
+        log_ratio = evaluation.log_prob - old
         watched = {
             "policy_loss": -objective,
             "value_loss": value_error,
             "entropy": evaluation.entropy,
-            "kl": k3(batch.behaviour_log_prob, evaluation.log_prob),
+            "kl": k3(old, evaluation.log_prob),
         }
         if clip is not None:
             watched["clip_fraction"] = (log_ratio.expm1_().abs_() > clip).to(batch.weight.dtype)

@@ -164,7 +164,7 @@ def _stacked(entries: Sequence[Observation]) -> Observation:
     if isinstance(first, dict):
         named = cast("Sequence[dict[str, Tensor]]", entries)
         return {name: torch.cat([entry[name] for entry in named]) for name in first}
-    return torch.cat(cast("Sequence[Tensor]", entries))
+    return torch.cat(list(cast("Sequence[Tensor]", entries)))
 
 
 def _memory(rollout: Trajectory) -> Observation:

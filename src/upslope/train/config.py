@@ -17,10 +17,12 @@ from upslope.algorithms import (
     TRPO,
     ActorCriticLambda,
     AverageReward,
+    ImportanceSampled,
     OneStepActorCritic,
     Preference,
     Reinforce,
     TDLambda,
+    VTraceActorCritic,
 )
 from upslope.algorithms.protocol import ScheduleName
 from upslope.collect import EnvironmentConfig
@@ -53,6 +55,8 @@ AlgorithmConfig: TypeAlias = (
     | AverageReward
     | TRPO
     | NPG
+    | VTraceActorCritic
+    | ImportanceSampled
 )
 """The algorithms a configuration file may name. A new algorithm is one file and its name in this line."""
 
@@ -198,6 +202,22 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShapingConfig:
+    """What is added to the rewards that an agent learns from: scale x (g Phi(s') - Phi(s))."""
+
+    potential: str
+    """Phi: path/to/file.py:function of observations [M, ...], which returns [M] numbers; or a policy folder or run
+    directory, whose critic's value it is."""
+    scale: float = 1.0
+    """Multiplier of Phi."""
+
+    @property
+    def by_function(self) -> bool:
+        """Whether Phi is a function of the user's own, rather than a policy's value."""
+        return ".py:" in self.potential
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that decides a run."""
 
@@ -215,6 +235,8 @@ class Run:
     reference: str | None = None
     """The frozen policy that the algorithm stays close to, where it does: "start" for the one the run begins with, a
     policy folder or a run directory; None takes "start" wherever one is needed."""
+    shaping: ShapingConfig | None = None
+    """Potential-based shaping of the rewards that are learnt from; those that are logged stay as they are."""
     critic_first: int = 0
     """Updates at the beginning in which the critic alone moves: worth some where start_from has none, or another's."""
     rollout: Rollout = field(default_factory=RolloutConfig)

@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from upslope.algorithms import GRPO, KTO, NPG, PPO, RLOO, SFT, TRPO, Preference, Reinforce, RewardModel
+from upslope.algorithms import (
+    GRPO,
+    KTO,
+    NPG,
+    PPO,
+    RLOO,
+    SFT,
+    TRPO,
+    ImportanceSampled,
+    Preference,
+    Reinforce,
+    RewardModel,
+)
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
 from upslope.collect.rewards.http import OUTAGE
 from upslope.collect.tasks.arithmetic import Addition, ThinkOrBlurt
@@ -40,7 +52,9 @@ class GivenTask:
 TaskSettings: TypeAlias = Addition | ThinkOrBlurt | Countdown | Calculator | ReasoningGym | Files | GivenTask
 """The tasks a configuration file may name."""
 
-LanguageAlgorithm: TypeAlias = Reinforce | RLOO | GRPO | PPO | TRPO | NPG | SFT | Preference | KTO | RewardModel
+LanguageAlgorithm: TypeAlias = (
+    Reinforce | RLOO | GRPO | PPO | TRPO | NPG | ImportanceSampled | SFT | Preference | KTO | RewardModel
+)
 """The algorithms a language model may be trained by in a configuration file."""
 
 _LEARNS_FROM: Final[dict[type[Any], tuple[type[Any], ...]]] = {
@@ -50,6 +64,7 @@ _LEARNS_FROM: Final[dict[type[Any], tuple[type[Any], ...]]] = {
     PPO: (CompletionConfig,),
     TRPO: (CompletionConfig,),
     NPG: (CompletionConfig,),
+    ImportanceSampled: (CompletionConfig,),
     SFT: (DemonstrationConfig,),
     Preference: (PairConfig,),
     KTO: (PairConfig, DemonstrationConfig),
