@@ -1,8 +1,8 @@
 """What an agent's run begins with and never changes: the starting policy, the one that a distance is taken from, and
-the one that acts where that is another than the one that learns.
+the one that acts where that is another than the one that learns; and the potential that shapes its rewards.
 
 They lie in the run directory, so that going on depends on nothing outside it: the starting policy as `start/`, a
-reference that is another policy as `reference/`, the policy that acts as `behaviour/`. Their hashes stand in
+reference that is another policy as `reference/`, the policy that acts as `behaviour/`, one whose value is the potential as `potential/`. Their hashes stand in
 `config.json` and in every checkpoint.
 """
 
@@ -20,12 +20,14 @@ from upslope.errors import UsageError
 from upslope.policies import ActorCritic
 from upslope.policies.content import content_hash
 from upslope.spaces import Composite
-from upslope.train.config import Run
+from upslope.train.config import RolloutConfig, Run
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import load, save
 from upslope.train.session import ResumeError
 from upslope.train.settings import START
+from upslope.train.shaping import Shaping, file_hash, shaping_by_function, shaping_by_policy
+from upslope.trajectory import Trajectory
 
 _CRITIC = ("critic.", "critic_encoder.")
 _MAY_BE_NEW = (*_CRITIC, "reward_normalizer.")
@@ -43,11 +45,13 @@ class Places:
         start: of the policy whose weights it takes; None for weights made anew.
         reference: of a reference that is another policy than the one the run begins with; None where it is not.
         behaviour: of the policy that acts throughout; None where the one that learns does.
+        potential: of the policy whose value shapes the rewards; None where none does.
     """
 
     start: Path | None
     reference: Path | None
     behaviour: Path | None
+    potential: Path | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +62,8 @@ class Beginning:
         start: a copy of the policy before its first step, where the run needs it to go on; else None.
         reference: the frozen policy that the algorithm stays close to, or None.
         behaviour: the policy that acts throughout, or None.
+        potential: the policy whose value shapes the rewards, or None.
+        shaping: of the rewards, or None.
         hashes: of these, by name.
         notes: worth telling the user.
     """
@@ -65,8 +71,14 @@ class Beginning:
     start: ActorCritic | None
     reference: ActorCritic | None
     behaviour: ActorCritic | None
+    potential: ActorCritic | None
+    shaping: Shaping | None
     hashes: dict[str, str]
     notes: tuple[str, ...]
+
+    def shaped(self, trajectory: Trajectory, gamma: float) -> Trajectory:
+        """What is learnt from what was collected: with F in the rewards, where they are shaped."""
+        return trajectory if self.shaping is None else self.shaping.shaped(trajectory, gamma)
 
 
 def start_folder(start_from: str | None, given: Path | None) -> Path | None:
@@ -108,10 +120,10 @@ def places_of(run: Run, start: Path | None) -> Places:
         raise UsageError(
             f"reference={run.reference!r} is no folder: give a policy folder, a run directory or {START!r}"
         )
-    behaviour = None if run.rollout.behaviour is None else Path(run.rollout.behaviour)
+    behaviour = None if run.acting.behaviour is None else Path(run.acting.behaviour)
     if behaviour is not None and not behaviour.is_dir():
         raise UsageError(
-            f"rollout.behaviour={run.rollout.behaviour!r} is no folder: give a policy folder or a run directory"
+            f"rollout.behaviour={run.acting.behaviour!r} is no folder: give a policy folder or a run directory"
         )
     return Places(start=start_folder(run.start_from, start), reference=reference, behaviour=behaviour)
 
@@ -123,7 +135,7 @@ def places_in(run: Run, directory: RunDirectory) -> Places:
     return Places(
         start=directory.start if kept else None,
         reference=directory.reference if other else None,
-        behaviour=None if run.rollout.behaviour is None else directory.behaviour,
+        behaviour=None if run.acting.behaviour is None else directory.behaviour,
     )
 
 
@@ -157,9 +169,24 @@ def begin(policy: ActorCritic, run: Run, places: Places, encoder: nn.Module | No
     if places.behaviour is not None:
         behaviour = load(places.behaviour, encoder=copy.deepcopy(encoder)).requires_grad_(False)
         _check_same_actions(policy, behaviour, f"rollout.behaviour ({places.behaviour})")
-    named = {START: first, "reference": reference, "behaviour": behaviour}
+    potential, shaping = None, None
+    if run.shaping is not None and places.potential is not None:
+        potential = load(places.potential, encoder=copy.deepcopy(encoder)).requires_grad_(False)
+        _check_same_observations(policy, potential, f"shaping.potential ({places.potential})")
+        shaping = shaping_by_policy(run.shaping, potential)
+    named = {START: first, "reference": reference, "behaviour": behaviour, "potential": potential}
     hashes = {name: content_hash(one) for name, one in named.items() if one is not None}
-    return Beginning(start=first, reference=reference, behaviour=behaviour, hashes=hashes, notes=notes)
+    if run.shaping is not None and run.shaping.by_function:
+        shaping, hashes["potential"] = shaping_by_function(run.shaping), file_hash(run.shaping)
+    return Beginning(
+        start=first,
+        reference=reference,
+        behaviour=behaviour,
+        potential=potential,
+        shaping=shaping,
+        hashes=hashes,
+        notes=notes,
+    )
 
 
 def keep(beginning: Beginning, directory: RunDirectory) -> None:
@@ -172,6 +199,8 @@ def keep(beginning: Beginning, directory: RunDirectory) -> None:
         save(beginning.start, directory.start)
     if beginning.reference is not None and beginning.reference is not beginning.start:
         save(beginning.reference, directory.reference)
+    if beginning.potential is not None:
+        save(beginning.potential, directory.potential)
     if beginning.behaviour is not None:
         save(beginning.behaviour, directory.behaviour)
 
@@ -230,13 +259,18 @@ def _take(policy: ActorCritic, start: ActorCritic, place: str) -> set[str]:
     return {name.split(".")[0] for name in new}
 
 
-def _check_same_actions(policy: ActorCritic, other: ActorCritic, place: str) -> None:
-    """Refuse a policy that sees or does something else."""
+def _check_same_observations(policy: ActorCritic, other: ActorCritic, place: str) -> None:
+    """Refuse a policy that sees something else."""
     if _outline(policy.observation_space) != _outline(other.observation_space):
         raise UsageError(
             f"the policy of {place} sees other observations than the environment gives: {other.observation_space} "
             f"there, {policy.observation_space} here; take one that was trained on the same observations"
         )
+
+
+def _check_same_actions(policy: ActorCritic, other: ActorCritic, place: str) -> None:
+    """Refuse a policy that sees or does something else."""
+    _check_same_observations(policy, other, place)
     if policy.action_space != other.action_space:
         raise UsageError(
             f"the policy of {place} acts in another action space than the environment has: {other.action_space} "
