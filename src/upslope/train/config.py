@@ -260,6 +260,11 @@ class Run:
     directory: Path = Path("runs")
     """Where run directories are made."""
 
+    @property
+    def acting(self) -> RolloutConfig:
+        """How the policy acts; where it learns from given data, with nothing in it that would have another act."""
+        return self.rollout if isinstance(self.rollout, RolloutConfig) else RolloutConfig()
+
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         at_least(1, steps=self.steps)

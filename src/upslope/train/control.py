@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from upslope.algorithms.protocol import Now, scheduled
-from upslope.collect import EnvironmentCollector, EnvironmentFailureError, NonFiniteError
+from upslope.collect import EnvironmentFailureError, NonFiniteError
 from upslope.collect.vector import VectorEnvironment
 from upslope.diagnostics import Meter
 from upslope.errors import OffPolicyError
@@ -21,6 +21,7 @@ from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to
 from upslope.streams import Purpose, stream, torch_stream
 from upslope.train.acting import Acting
 from upslope.train.config import Run
+from upslope.train.experience import build_experience
 from upslope.train.given import environment_again
 from upslope.train.learner import learner_of
 from upslope.train.optimizer import FlatOptimizer
@@ -72,20 +73,14 @@ class ControlSession:
         self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
         self.spaces = [space_to_tree(space) for space in spaces]
         self.beginning = begin(self.policy, run, places, encoder)
-        self.acting = Acting(self.policy, run.rollout, given=self.beginning.behaviour)
+        self.acting = Acting(self.policy, run.acting, given=self.beginning.behaviour)
         optimizer = FlatOptimizer(self.policy, run.optimizer)
         self.hold = Hold(self.policy, optimizer, run.critic_first)
         self.learner = learner_of(self.policy, run.algorithm, optimizer)
         watched = run.log.diagnose_every and run.algorithm.passes.traces is None
         self.meter = Meter(_actor_gradient(self.policy, optimizer)) if watched else None
         self.most_entropy = _most_entropy(environments.action_space)
-        self.collector = EnvironmentCollector(
-            environments,
-            steps=run.rollout.steps,
-            episodes=run.rollout.episodes,
-            seed=run.seed,
-            truncation=run.environment.truncation,
-        )
+        self.collector = build_experience(run, environments, self.policy)
         self.algorithm = run.algorithm
         self.algorithm_state = self.algorithm.initial_state()
         self.update = 0
@@ -111,7 +106,8 @@ class ControlSession:
         start = time.perf_counter()
         trajectory = self.collector.collect(self.acting.policy(), self.update)
         collected = time.perf_counter()
-        seen = self.acting.gather(trajectory, self.update, self.algorithm.gamma)
+        seen = self.beginning.shaped(trajectory, self.algorithm.gamma)
+        seen = self.acting.gather(seen, self.update, self.algorithm.gamma)
         learning_rate = scheduled(run.optimizer.schedule, run.optimizer.learning_rate, self.progress)
         taken, every = self.collector.steps_taken, run.log.diagnose_every
         if self.meter is not None:

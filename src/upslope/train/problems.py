@@ -74,11 +74,11 @@ def check_ends(run: Run, source: Source) -> None:
     Raises:
         UsageError: if there is no terminal state and no time limit.
     """
-    if run.rollout.episodes is None or run.environment.time_limit is not None:
+    if run.acting.episodes is None or run.environment.time_limit is not None:
         return
     if isinstance(source, FiniteFactory) and source.endless:
         raise UsageError(
-            f"episodes of {run.environment.id} never end, and rollout.episodes={run.rollout.episodes} asks for whole "
+            f"episodes of {run.environment.id} never end, and rollout.episodes={run.acting.episodes} asks for whole "
             "ones: set environment.time_limit (1000, say), or take an algorithm that learns from fragments (A2C, PPO, "
             "OneStepActorCritic) with rollout.steps"
         )
