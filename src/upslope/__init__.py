@@ -25,6 +25,7 @@ from upslope.auditing import audit_loss as audit_loss
 from upslope.collect import EnvironmentConfig as EnvironmentConfig
 from upslope.policies import ActorCritic as ActorCritic
 from upslope.policies import ActorCriticConfig as ActorCriticConfig
+from upslope.policies import MemoryConfig as MemoryConfig
 from upslope.train import CheckpointConfig as CheckpointConfig
 from upslope.train import EvaluationConfig as EvaluationConfig
 from upslope.train import EvaluationReport as EvaluationReport

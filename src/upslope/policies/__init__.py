@@ -2,6 +2,7 @@
 
 from upslope.policies.actor_critic import ActorCritic as ActorCritic
 from upslope.policies.config import ActorCriticConfig as ActorCriticConfig
+from upslope.policies.config import MemoryConfig as MemoryConfig
 from upslope.policies.config import build_head as build_head
 from upslope.policies.continuous import Beta as Beta
 from upslope.policies.continuous import Gaussian as Gaussian

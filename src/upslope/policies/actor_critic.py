@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upslope.policies.config import ActorCriticConfig, build_head, config_from_tree, saved_space
+from upslope.policies.config import ActorCriticConfig, build_head, config_from_tree, config_to_tree, saved_space
 from upslope.policies.distributions import HeadDistribution
 from upslope.policies.masking import Masking, join_mask
-from upslope.policies.networks import MLP, build_encoder, forward_pair, is_vector_only
+from upslope.policies.memory import CarriedMemory, PolicyMemory, build_memory, taken_up
+from upslope.policies.networks import MLP, build_encoder, feature_count, forward_pair, is_vector_only
 from upslope.policies.normalizer import ObservationNormalizer, RewardNormalizer
+from upslope.policies.packing import Packing, join_observations
 from upslope.policies.raw import read_observation
 from upslope.policies.sampler import ActorSampler
 from upslope.spaces import Space, space_to_tree
@@ -88,9 +89,13 @@ class ActorCritic(nn.Module):
 
         self.encoder = make_encoder() if encoder is None else encoder
         self.vector_only = is_vector_only(self.encoder)
-        inputs = _feature_count(self.encoder)
+        inputs = feature_count(self.encoder)
         self.torso = make_mlp(inputs, config.hidden, None) if config.shared and config.hidden else None
         inputs = inputs if self.torso is None else self.torso.features
+        self.memory: PolicyMemory | None = None
+        if config.memory is not None:
+            self.memory = build_memory(config.memory, config, inputs, generator)
+            inputs = self.memory.features
         hidden = () if config.shared else config.hidden
         self.actor = make_mlp(
             inputs,
@@ -103,7 +108,8 @@ class ActorCritic(nn.Module):
         self.critic_encoder: nn.Module | None = None
         self.critic: MLP | None = None
         if config.critic:
-            if not (config.shared or self.vector_only):
+            one_memory = config.memory is not None and config.memory.shared
+            if not (config.shared or self.vector_only or one_memory):
                 self.critic_encoder = make_encoder() if encoder is None else copy.deepcopy(encoder)
             self.critic = make_mlp(inputs, hidden, 1, output_gain=config.value_gain if config.orthogonal else None)
 
@@ -115,18 +121,33 @@ class ActorCritic(nn.Module):
     # --- learning ----------------------------------------------------------------------------------------------------
 
     def log_prob(self, observation: Observation, action: Tensor) -> Tensor:
-        """log pi(a|s), any leading shape; differentiable."""
+        """log pi(a|s), any leading shape; differentiable.
+
+        With a memory the last leading dimension is time: each row is one episode from its start.
+        """
         steps = self._steps(action)
-        observation, action = self._flat(observation, action, steps)
-        parameters = self.action_parameters(self._normalized(observation))
-        return self.head.log_prob_and_entropy(parameters, action)[0].view(steps)
+        if self.memory is None:
+            observation, action = self._flat(observation, action, steps)
+            parameters = self.action_parameters(self._normalized(observation))
+            return self.head.log_prob_and_entropy(parameters, action)[0].view(steps)
+        lead = len(steps) - 1
+        rows = map_observation(lambda t: t.reshape(-1, *t.shape[lead:]), observation)
+        action = action.reshape(-1, *action.shape[lead:])
+        packing = Packing.of(torch.ones(self._steps(action), dtype=torch.bool, device=action.device), None)
+        parameters, _ = self._replayed(rows, packing, None, critic=False)
+        log_prob, _ = self.head.log_prob_and_entropy(parameters, packing.take_tensor(action))
+        return packing.put(log_prob).view(steps)
 
     def evaluate(self, steps: Steps) -> Evaluation:
         """log-prob, entropy, distribution and value, in one pass of the actor and one of the critic; differentiable.
 
         Args:
-            steps: observations [..., *observation] and stored actions [...] or [..., A], any leading shape.
+            steps: observations [..., *observation] and stored actions [...] or [..., A], any leading shape. With a
+                memory they are rows [B, T], replayed from what was carried into them, and all that is found is 0 where
+                nothing was chosen.
         """
+        if self.memory is not None:
+            return self._evaluate_rows(steps)
         shape = self._steps(steps.action)
         observation, action = self._flat(steps.observation, steps.action, shape)
         observation = self._normalized(observation)
@@ -138,52 +159,64 @@ class ActorCritic(nn.Module):
         distribution = HeadDistribution(self.head, parameters)
         return Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=value)
 
+    def _evaluate_rows(self, steps: Steps) -> Evaluation:
+        if steps.mask.dim() != 2:
+            raise ValueError(
+                "a policy with a memory is evaluated on whole rows [B, T], got steps of shape "
+                f"{tuple(steps.mask.shape)}"
+            )
+        packing = Packing.of(steps.mask, steps.time)
+        parameters, value = self._replayed(steps.observation, packing, steps.memory)
+        log_prob, entropy = self.head.log_prob_and_entropy(parameters, packing.take_tensor(steps.action))
+        return Evaluation(
+            log_prob=packing.put(log_prob),
+            entropy=packing.put(entropy),
+            distribution=HeadDistribution(self.head, packing.put(parameters)),
+            value=None if value is None else packing.put(value),
+        )
+
+    def _replayed(
+        self, rows: Observation, packing: Packing, memory: Observation | None, *, critic: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Masked parameters [M, P] and values [M] at the chosen steps, packed."""
+        assert self.memory is not None
+        observation = self._normalized(packing.take(rows))
+        features = self._shared_features(observation)
+        critic = critic and self.critic is not None
+        own = self.critic_encoder(self.masking.seen(observation)) if critic and self.critic_encoder else None
+        features, own = self.memory.replay(features, own, packing, memory, critic=critic)
+        parameters, value = self._heads(features, own, critic=critic)
+        return self.masking.apply(parameters, observation), value
+
     @torch.no_grad()
     def values(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         """V_t and V'_t, both [B, T], in one batched critic call over observations and final observations.
 
+        With a memory, rows are replayed, and a final observation is seen with the memory of the step it followed.
+
         Raises:
             ValueError: if the policy has no critic.
         """
         if self.critic is None:
             raise ValueError("this policy has no critic: make it with ActorCriticConfig(critic=True)")
-        shape = trajectory.shape
-        observation = map_observation(lambda t: t.reshape(-1, *t.shape[2:]), trajectory.observation)
-        final = trajectory.final_observation
-        if isinstance(observation, dict):
-            together = {
-                name: torch.cat([entry, cast("dict[str, Tensor]", final)[name]]) for name, entry in observation.items()
-            }
-        else:
-            together = torch.cat([observation, cast("Tensor", final)])
-        together = self._normalized(together)
-        value = self.critic(self._critic_features(together)).view(-1)
         count = trajectory.reward.numel()
-        present = value[:count].view(shape)
+        if self.memory is None:
+            observation = map_observation(lambda t: t.reshape(-1, *t.shape[2:]), trajectory.observation)
+            together = self._normalized(join_observations(observation, trajectory.final_observation))
+            value = self.critic(self._critic_features(together)).view(-1)
+            present = value[:count].view(trajectory.shape)
+            return present, trajectory.next_value(present, value[count:])
+        packing = Packing.of(trajectory.mask, trajectory.time)
+        ends = packing.steps_at(trajectory.final_index)
+        count = len(packing.place)
+        together = self._normalized(
+            join_observations(packing.take(trajectory.observation), trajectory.final_observation)
+        )
+        features = self._critic_features(together)
+        features = self.memory.for_values(features[:count], packing, trajectory.memory, features[count:], ends)
+        value = self.critic(features).view(-1)
+        present = packing.put(value[:count])
         return present, trajectory.next_value(present, value[count:])
-
-    def critic_value(self, steps: Steps) -> Tensor:
-        """V_t, shaped like the steps, in one pass of the critic alone; differentiable.
-
-        Raises:
-            ValueError: if the policy has no critic.
-        """
-        if self.critic is None:
-            raise ValueError("this policy has no critic: make it with ActorCriticConfig(critic=True)")
-        shape = self._steps(steps.action)
-        observation, _ = self._flat(steps.observation, steps.action, shape)
-        return self.critic(self._critic_features(self._normalized(observation))).view(shape)
-
-    def actor_layers(self, steps: Steps) -> tuple[Tensor, tuple[MLP, ...]] | None:
-        """Features [M, F], and the perceptrons that make unmasked action parameters of them, one after the other.
-
-        None where what makes the features has parameters, too.
-        """
-        if not self.vector_only:
-            return None
-        observation, _ = self._flat(steps.observation, steps.action, self._steps(steps.action))
-        features = self.encoder(self.masking.seen(self._normalized(observation)))
-        return features, (self.actor,) if self.torso is None else (self.torso, self.actor)
 
     def observe(self, trajectory: Trajectory) -> None:
         """Let the observation normaliser, if there is one, see what was collected: after learning from it."""
@@ -201,13 +234,19 @@ class ActorCritic(nn.Module):
     def _outputs(self, observation: Observation) -> tuple[Tensor, Tensor | None]:
         """Masked parameters [M, P] and values [M], for normalised observations."""
         features = self._shared_features(observation)
-        if self.critic is None:
-            return self.masking.apply(self.actor(features), observation), None
-        if self.critic_encoder is None:
+        own = None if self.critic_encoder is None else self._critic_features(observation)
+        parameters, value = self._heads(features, own, critic=self.critic is not None)
+        return self.masking.apply(parameters, observation), value
+
+    def _heads(self, features: Tensor, for_critic: Tensor | None, *, critic: bool) -> tuple[Tensor, Tensor | None]:
+        """Parameters [M, P] and values [M] from what stands before the heads; one pass where that is the same."""
+        if not critic or self.critic is None:
+            return self.actor(features), None
+        if for_critic is None:
             parameters, value = forward_pair(self.actor, self.critic, features)
         else:
-            parameters, value = self.actor(features), self.critic(self._critic_features(observation))
-        return self.masking.apply(parameters, observation), value.view(-1)
+            parameters, value = self.actor(features), self.critic(for_critic)
+        return parameters, value.view(-1)
 
     def _critic_features(self, observation: Observation) -> Tensor:
         if self.critic_encoder is None:
@@ -232,8 +271,8 @@ class ActorCritic(nn.Module):
 
     @property
     def sequential(self) -> bool:
-        """Each step stands on its own."""
-        return False
+        """Whether there is a memory: without, each step stands on its own."""
+        return self.memory is not None
 
     def sampler(self) -> ActorSampler:
         """A lean view for rollouts; take a new one per rollout."""
@@ -244,13 +283,20 @@ class ActorCritic(nn.Module):
             self.actor,
             self.observation_normalizer,
             self.masking,
+            self.memory,
+            self.critic_encoder,
             vector_only=self.vector_only,
         )
+
+    def start(self) -> CarriedMemory:
+        """What to hand to `act` at every step of an episode; a policy without memory carries nothing in it."""
+        return CarriedMemory()
 
     def act(
         self,
         observation: Any,
         *,
+        memory: CarriedMemory | None = None,
         action_mask: Any = None,
         deterministic: bool = True,
         generator: np.random.Generator | None = None,
@@ -260,6 +306,8 @@ class ActorCritic(nn.Module):
         Args:
             observation: a single observation or a batch of them (a vector environment's), as Gymnasium has it: an
                 array or a number, or dicts and tuples of them.
+            memory: what the policy remembers, `start()` at an episode's start; it moves on with every call. Needed if
+                the policy has a memory.
             action_mask: which actions are valid, if the policy was trained with masks: `info["action_mask"]` or what
                 the environment's method gave, a row per observation for a batch. Left out where the observation
                 already holds it, as those of `upslope.collect.make_environments` do.
@@ -271,18 +319,22 @@ class ActorCritic(nn.Module):
 
         Raises:
             ValueError: if the observation does not fit the observation space or is not finite; if a mask is missing,
-                does not fit or leaves no valid action.
+                does not fit or leaves no valid action; if the memory is missing or of other environments.
         """
         if action_mask is not None:
             observation = join_mask(self.observation_space, observation, action_mask)
         arrays, single = read_observation(self.observation_space, observation)
         sampler = self.sampler()
+        count = len(next(iter(arrays.values())) if isinstance(arrays, dict) else arrays)
+        if self.memory is not None:
+            sampler.begin(taken_up(memory, count), count)
         if deterministic:
             action = sampler.mode(arrays)
         else:
-            count = len(next(iter(arrays.values())) if isinstance(arrays, dict) else arrays)
             noise = sampler.noise(generator or np.random.default_rng(), 1, count)
             action = sampler.sample(arrays, noise[0])
+        if memory is not None:
+            memory.arrays = sampler.memory
         action = sampler.to_environment(action)
         return action[0] if single else action
 
@@ -293,7 +345,7 @@ class ActorCritic(nn.Module):
         return {
             "observation_space": space_to_tree(self.observation_space),
             "action_space": space_to_tree(self.action_space),
-            "config": asdict(self.config),
+            "config": config_to_tree(self.config),
             "own_encoder": type(self.encoder).__name__ if self._own_encoder else None,
         }
 
@@ -338,13 +390,3 @@ class ActorCritic(nn.Module):
 
 
 _LARGEST_OBSERVATION = 1 << 28
-
-
-def _feature_count(encoder: nn.Module) -> int:
-    features = getattr(encoder, "features", None)
-    if not isinstance(features, int) or features < 1:
-        raise ValueError(
-            f"the encoder {type(encoder).__name__} must have an attribute `features`: the number of features it puts "
-            f"out per observation, a positive integer; got {features!r}"
-        )
-    return features

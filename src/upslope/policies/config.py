@@ -28,6 +28,37 @@ from upslope.typed_tree import read_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """What a policy remembers of the episode so far; it stands between the encoder (and torso) and the heads."""
+
+    kind: Literal["gru", "lstm", "transformer"] = "gru"
+    """A gated recurrent unit, a long short-term memory, or attention to the last steps of the episode."""
+    size: int = 64
+    """Units, or features, of each layer."""
+    layers: int = 1
+    """How many, one on top of the other."""
+    shared: bool = False
+    """One memory for actor and critic, instead of one each."""
+    context: int = 32
+    """How many earlier steps each layer of a transformer sees."""
+    heads: int = 4
+    """Of a transformer's attention; they share its size."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that have no meaning."""
+        for name in ("size", "layers", "context", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"memory.{name} must be at least 1, got {getattr(self, name)}")
+        if self.kind not in ("gru", "lstm", "transformer"):
+            raise ValueError(f"memory.kind must be one of gru, lstm, transformer; got {self.kind!r}")
+        if self.kind == "transformer" and self.size % self.heads:
+            raise ValueError(
+                "the heads of a transformer share its size: set memory.size to a multiple of "
+                f"memory.heads={self.heads}, got {self.size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ActorCriticConfig:
     """Networks, distribution and normalisers of a control policy."""
 
@@ -39,6 +70,8 @@ class ActorCriticConfig:
     """One encoder and one set of hidden layers for actor and critic, instead of one each."""
     critic: bool = True
     """Whether there is a critic at all."""
+    memory: MemoryConfig | None = None
+    """What is remembered of the episode so far; None for nothing: the policy acts on what it sees now."""
     encoder: EncoderName = "auto"
     """What images go through: "auto" takes nature_cnn from 36 x 36 pixels of bytes, small_cnn from 5 x 5."""
     image_layout: ImageLayout = "auto"
@@ -87,11 +120,17 @@ class ActorCriticConfig:
             raise ValueError(f"log_std_bounds must be finite, or None for no bounds, got {self.log_std_bounds}")
 
 
+def config_to_tree(config: ActorCriticConfig) -> dict[str, Any]:
+    """As plain nested dicts: `config_from_tree` reads them."""
+    tree = asdict(config)
+    return tree if config.memory is None else {**tree, "memory": {"class": "MemoryConfig", **asdict(config.memory)}}
+
+
 def config_from_tree(tree: Mapping[str, Any], numbers: int) -> ActorCriticConfig:
-    """The inverse of `dataclasses.asdict`; lists may stand for tuples.
+    """The inverse of `config_to_tree`; lists may stand for tuples.
 
     Args:
-        tree: of `dataclasses.asdict`.
+        tree: of `config_to_tree`.
         numbers: how many the saved tensors hold; every hidden unit has one at least.
 
     Raises:
@@ -100,6 +139,11 @@ def config_from_tree(tree: Mapping[str, Any], numbers: int) -> ActorCriticConfig
     config = read_fields(ActorCriticConfig, _mapping(tree, "config"), "config")
     if max(config.hidden, default=0) > numbers:
         raise ValueError(f"config.hidden is {config.hidden}, but the saved tensors hold {numbers} numbers altogether")
+    memory = config.memory
+    if memory is not None and max(memory.size, memory.layers, memory.heads) > numbers:
+        raise ValueError(f"config.memory is {memory}, but the saved tensors hold {numbers} numbers altogether")
+    if memory is not None and memory.kind == "transformer" and memory.context > numbers:
+        raise ValueError(f"config.memory is {memory}, but the saved tensors hold {numbers} numbers altogether")
     return config
 
 

@@ -356,3 +356,18 @@ def encode_arrays(encoder: nn.Module, observation: ObservationArrays, dtype: np.
     if isinstance(observation, dict):
         return cast("CompositeEncoder", encoder).encode(observation, dtype)
     return cast("VectorEncoder", encoder).encode(observation, dtype)
+
+
+def feature_count(encoder: nn.Module) -> int:
+    """How many features an encoder says it puts out.
+
+    Raises:
+        ValueError: if it does not say.
+    """
+    features = getattr(encoder, "features", None)
+    if not isinstance(features, int) or features < 1:
+        raise ValueError(
+            f"the encoder {type(encoder).__name__} must have an attribute `features`: the number of features it puts "
+            f"out per observation, a positive integer; got {features!r}"
+        )
+    return features

@@ -8,6 +8,7 @@ from torch import nn
 
 from upslope.policies.distributions import Head
 from upslope.policies.masking import Masking
+from upslope.policies.memory import PolicyMemory
 from upslope.policies.networks import MLP, LeanMLP, encode_arrays
 from upslope.policies.normalizer import ObservationNormalizer
 from upslope.trajectory import ObservationArrays, map_observation
@@ -29,6 +30,8 @@ class ActorSampler:
         actor: MLP,
         normalizer: ObservationNormalizer | None,
         masking: Masking,
+        memory: PolicyMemory | None,
+        critic_encoder: nn.Module | None,
         *,
         vector_only: bool,
     ) -> None:
@@ -38,6 +41,29 @@ class ActorSampler:
         self._torso = None if torso is None else LeanMLP(torso)
         self._actor = LeanMLP(actor)
         self._device = next(actor.parameters()).device
+        self._memory = None if memory is None else memory.lean()
+        self._critic_encoder = critic_encoder
+
+    def begin(self, memory: ObservationArrays | None, environments: int) -> None:
+        """Take up what was remembered, [N, ...], or begin with nothing; before the first action.
+
+        Raises:
+            ValueError: if the memory is of another policy, or of another number of environments.
+        """
+        if self._memory is not None:
+            self._memory.begin(memory, environments)
+
+    def restart(self, environments: np.ndarray) -> None:
+        """Forget what belongs to the episodes of some environments, by index: they have ended."""
+        if self._memory is not None:
+            self._memory.restart(environments)
+
+    @property
+    def memory(self) -> ObservationArrays | None:
+        """A copy of what is remembered, [N, ...]; None for nothing."""
+        if self._memory is None:
+            return None
+        return {name: array.copy() for name, array in self._memory.arrays.items()}
 
     def noise(self, generator: np.random.Generator, steps: int, environments: int) -> np.ndarray:
         """All the randomness of a rollout, [steps, environments, ...], drawn at once."""
@@ -56,16 +82,25 @@ class ActorSampler:
         return self._head.to_environment(action)
 
     def parameters(self, observation: ObservationArrays) -> np.ndarray:
-        """[N, P]: parameters of the action distributions for observations [N, ...] as the environment gives them."""
+        """[N, P]: parameters of the action distributions for observations [N, ...] as the environment gives them.
+
+        With a memory, every call is a step.
+        """
         if self._normalize is not None:
             observation = self._normalize(observation)
         seen = self._masking.seen(observation)
-        features = encode_arrays(self._encoder, seen, self._actor.dtype) if self._vector_only else self._encoded(seen)
+        if self._vector_only:
+            features = encode_arrays(self._encoder, seen, self._actor.dtype)
+        else:
+            features = self._encoded(self._encoder, seen)
         if self._torso is not None:
             features = self._torso(features)
+        if self._memory is not None:
+            own = None if self._critic_encoder is None else self._encoded(self._critic_encoder, seen)
+            features = self._memory.step(features, own)
         return self._masking.apply_arrays(self._actor(features), observation)
 
-    def _encoded(self, observation: ObservationArrays) -> np.ndarray:
+    def _encoded(self, encoder: nn.Module, observation: ObservationArrays) -> np.ndarray:
         with torch.no_grad():
             tensors = map_observation(lambda array: torch.as_tensor(array, device=self._device), observation)
-            return self._encoder(tensors).cpu().numpy()
+            return encoder(tensors).cpu().numpy()

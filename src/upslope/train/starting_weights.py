@@ -29,7 +29,7 @@ from upslope.train.settings import START
 from upslope.train.shaping import Shaping, file_hash, shaping_by_function, shaping_by_policy
 from upslope.trajectory import Trajectory
 
-_CRITIC = ("critic.", "critic_encoder.")
+_CRITIC = ("critic.", "critic_encoder.", "memory.critic.")
 _MAY_BE_NEW = (*_CRITIC, "reward_normalizer.")
 _OWN_OF_THE_RUN = frozenset(
     {"critic", "normalize_reward", "reward_clip", "log_std_init", "orthogonal", "hidden_gain", "policy_gain"}
