@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upslope.errors import UsageError
 from upslope.policies import ActorCritic
-from upslope.train.config import Rollout, RolloutConfig
+from upslope.train.config import RolloutConfig
 from upslope.trajectory import Observation, Trajectory, Tree, map_observation
 
 
@@ -27,24 +27,23 @@ class Acting:
 
     Args:
         policy: that learns; its parameters still where it was built (no optimiser has taken them yet).
-        rollout: who acts, and how many rollouts are learnt from together; nobody acts where data is given.
+        rollout: who acts, and how many rollouts are learnt from together.
         given: the policy of `rollout.behaviour`, which acts throughout; None where there is none.
 
     Raises:
         UsageError: if the policy has a memory that another one's steps would leave unknown.
     """
 
-    def __init__(self, policy: ActorCritic, rollout: Rollout, *, given: ActorCritic | None) -> None:
-        collected = rollout if isinstance(rollout, RolloutConfig) else RolloutConfig()
-        if given is not None and policy.sequential and collected.steps is not None:
+    def __init__(self, policy: ActorCritic, rollout: RolloutConfig, *, given: ActorCritic | None) -> None:
+        if given is not None and policy.sequential and rollout.steps is not None:
             raise UsageError(
                 "the policy that learns has a memory, and where another one acted nobody knows what it held in the "
                 "middle of an episode: learn from whole episodes (rollout.episodes, with rollout.steps=None)"
             )
         self._policy, self._given = policy, given
-        self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=collected.lag)
-        self._stale = copy.deepcopy(policy).requires_grad_(False) if collected.lag else None
-        self._earlier: deque[Trajectory] = deque(maxlen=collected.batches - 1)
+        self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=rollout.lag)
+        self._stale = copy.deepcopy(policy).requires_grad_(False) if rollout.lag else None
+        self._earlier: deque[Trajectory] = deque(maxlen=rollout.batches - 1)
         self._staleness = 0.0
 
     def policy(self) -> ActorCritic:
