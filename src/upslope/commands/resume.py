@@ -33,6 +33,8 @@ class Resume:
     """The recipe that made it, path/to/file.py:function; needed only where that uses classes of your own."""
     environment: str | None = None
     """The id of its environment; needed only where that is module:Name-v0, since making it imports the module."""
+    potential: str | None = None
+    """The function that shapes its rewards, path/to/file.py:function; needed only where there is one, as it is run."""
 
 
 def act(arguments: Sequence[str]) -> int:
@@ -46,7 +48,9 @@ def act(arguments: Sequence[str]) -> int:
     given = None if command.recipe is None else as_recorded(load_recipe(command.recipe), recorded_run(command.run))
     run = read_run(command.run) if given is None else given
     start = time.monotonic()
-    result = resume(command.run, run=given, steps=command.steps, environments=command.environment)
+    result = resume(
+        command.run, run=given, steps=command.steps, environments=command.environment, potential=command.potential
+    )
     if command.steps is not None:
         run = dataclasses.replace(run, steps=command.steps)
     if command.environment is not None and not isinstance(run, LanguageRun):

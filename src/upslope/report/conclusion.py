@@ -17,6 +17,7 @@ from upslope.train import EvaluationReport, Result
 from upslope.train.given import environment_again
 from upslope.train.language import LanguageRun
 from upslope.train.session import AnyRun
+from upslope.train.shaping import named_potential
 
 
 def resume_command(
@@ -118,7 +119,9 @@ def _following(run: AnyRun, directory: Path, *, longer: str, another: str | None
 
 def _again(run: AnyRun) -> list[str]:
     """Options that name what a run directory alone may not."""
-    return [] if isinstance(run, LanguageRun) else environment_again(run.environment)
+    if isinstance(run, LanguageRun):
+        return []
+    return [*environment_again(run.environment), *named_potential(run)]
 
 
 def as_seen_from_here(path: Path) -> Path:

@@ -6,6 +6,7 @@ from upslope.train.config import LogConfig as LogConfig
 from upslope.train.config import OptimizerConfig as OptimizerConfig
 from upslope.train.config import RolloutConfig as RolloutConfig
 from upslope.train.config import Run as Run
+from upslope.train.config import ShapingConfig as ShapingConfig
 from upslope.train.evaluate import EvaluationReport as EvaluationReport
 from upslope.train.evaluate import evaluate_run as evaluate_run
 from upslope.train.language.config import LanguageEvaluationConfig as LanguageEvaluationConfig

@@ -28,6 +28,7 @@ from upslope.train.optimizer import FlatOptimizer
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import save
 from upslope.train.session import Figures, ResumeError
+from upslope.train.shaping import named_potential
 from upslope.train.starting_weights import Hold, Places, begin, check_hashes
 from upslope.trajectory import Tree
 
@@ -215,7 +216,8 @@ class ControlSession:
 
     def resume_command(self, directory: Path) -> list[str]:
         """The words of the command that goes on with the run."""
-        return ["upslope", "resume", str(directory), *environment_again(self.run.environment)]
+        again = [*environment_again(self.run.environment), *named_potential(self.run)]
+        return ["upslope", "resume", str(directory), *again]
 
     def close(self) -> None:
         """Give back the environments."""

@@ -21,6 +21,7 @@ from upslope.train.loop import Callback, Result, Training
 from upslope.train.prepare import check_same, config_file, new_directory, threads
 from upslope.train.problems import check_ends, environments_of
 from upslope.train.run_directory import RunDirectory
+from upslope.train.shaping import potential_again
 from upslope.train.starting_weights import Places, check_hashes, keep, places_in, places_of
 from upslope.train.storage import write_file_atomically
 
@@ -36,6 +37,8 @@ class Given:
     encoder: nn.Module | None
     start: Path | None
     """The folder that `start_from` stands for."""
+    potential: str | None = None
+    """The potential of a run that goes on, where it is a function of the user's own."""
 
 
 def train_agent(run: Run, given: Given, callbacks: Sequence[Callback]) -> Result:
@@ -68,7 +71,7 @@ def resume_agent(
         with checking_usage():
             recorded, _ = read_evaluation(directory.path)
             check_recorded(recorded, given.environments)
-            run = _recorded(directory.path) if run is None else run
+            run = _recorded(directory.path, given.potential) if run is None else run
             environment, source = split_source(given.environments, run.environment)
             given = replace(given, environments=source)
             run = _same(replace(run, environment=environment), directory.path, recorded, source)
@@ -85,10 +88,10 @@ def resume_agent(
         return training.finish()
 
 
-def _recorded(directory: Path) -> Run:
+def _recorded(directory: Path, potential: str | None) -> Run:
     run = read_run(directory)
     assert isinstance(run, Run)
-    return run
+    return potential_again(run, potential)
 
 
 def _config_file(run: Run, session: ControlSession) -> bytes:
@@ -130,5 +133,7 @@ def _same(run: Run, directory: Path, recorded: EnvironmentConfig, source: Source
     if source is not None:
         environment = replace(environment, id=recorded.id)
     run = replace(run, environment=environment)
-    check_same(run, directory, also=("environment.id",) if was_given(recorded) else ())
+    given = ("environment.id",) if was_given(recorded) else ()
+    moved = ("shaping.potential",) if run.shaping is not None and run.shaping.by_function else ()
+    check_same(run, directory, also=(*given, *moved))
     return run

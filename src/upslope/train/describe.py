@@ -20,6 +20,11 @@ def describe_run(run: Run | LanguageRun) -> dict[str, str]:
     rows = dict(run.algorithm.describe())
     if run.environment.truncation == "as_termination":
         rows["time limits"] = "counted as terminations: no value beyond them, which is biased (for comparison only)"
+    if run.shaping is not None:
+        rows["shaping"] = (
+            f"learnt from r + {run.shaping.scale:g} x (gamma Phi(s') - Phi(s)), Phi = {run.shaping.potential}, 0 after "
+            "termination; the optimal policies stay what they are"
+        )
     if run.policy.normalize_reward:
         rows["rewards"] = (
             f"divided by the running standard deviation of the return discounted with gamma={run.algorithm.gamma}, "

@@ -156,7 +156,7 @@ class RunDirectory:
 
     @property
     def start(self) -> Path:
-        """The folder of the policy that a language model's run began with."""
+        """The folder of the policy that a run began with."""
         return self.path / "start"
 
     @property
@@ -168,6 +168,11 @@ class RunDirectory:
     def behaviour(self) -> Path:
         """The folder of another policy that acts throughout."""
         return self.path / "behaviour"
+
+    @property
+    def potential(self) -> Path:
+        """The folder of the policy whose value shapes the rewards."""
+        return self.path / "potential"
 
     @property
     def completions_path(self) -> Path:

@@ -95,5 +95,11 @@ def check_beginning(run: Any) -> None:
         raise ValueError(f"{name} as configured has no reference: set reference to None, or a KL coefficient above 0")
     if run.critic_first and not passes.critic:
         raise ValueError(f"{name} as configured has no critic to train alone: set critic_first to 0")
+    if run.critic_first and not (passes.natural is None and passes.traces is None):
+        raise ValueError(f"critic_first holds an optimiser's gradient, and {name} moves the actor without: set it to 0")
+    if run.shaping is not None:
+        check_numbers(run.shaping)
+        if run.algorithm.target.gradient == "given_data":
+            raise ValueError(f"{name} learns from given data and sees no rewards: set shaping to None")
     if run.critic_first and run.optimizer.weight_decay:
         raise ValueError("critic_first holds the actor still, and weight_decay would move it: set one of them to 0")

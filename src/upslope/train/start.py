@@ -106,6 +106,7 @@ def resume(
     evaluation_environments: Source | None = None,
     encoder: nn.Module | None = None,
     task: Task | None = None,
+    potential: str | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result[Any, Any]:
     """Go on with a run from its newest whole checkpoint, as if it had never stopped.
@@ -117,13 +118,15 @@ def resume(
         environments, evaluation_environments, encoder, task, callbacks: as given to `train`. An environment with an id
             `module:Name-v0` has to be named again, since making it imports the module. What a run started from lies in
             the run directory.
+        potential: the user's own function that shapes the rewards, path/to/file.py:function: it has to be named again,
+            since its file is run.
 
     Raises:
         RunDirectoryError: if there is no run there or it is in use.
         UsageError: if the environment or the task has to be passed again.
         ResumeError: if the configuration, the spaces, the network or the frozen policies changed.
     """
-    given, language = Given(environments, evaluation_environments, encoder, None), LanguageGiven(task, None)
+    given, language = Given(environments, evaluation_environments, encoder, None, potential), LanguageGiven(task, None)
     with RunDirectory.open(Path(directory)) as opened:
         speaks = recorded_run(opened.path).get("class") == LanguageRun.__name__
         if run is not None and isinstance(run, LanguageRun) != speaks:
@@ -136,6 +139,8 @@ def resume(
 
 def _check_given(speaks: bool, given: Given, language: LanguageGiven) -> None:
     """Refuse what belongs to the other kind of run."""
+    if speaks and given.potential is not None:
+        raise UsageError("a potential shapes the rewards of an agent: leave it out for a language model")
     if speaks and not (given.environments is None and given.evaluation_environments is None and given.encoder is None):
         raise UsageError("a language model is trained on a task: give task=..., not environments or an encoder")
     if not speaks and language.task is not None:

@@ -1,9 +1,10 @@
-"""What an agent's run begins with and never changes: the starting policy, the one that a distance is taken from, and
-the one that acts where that is another than the one that learns; and the potential that shapes its rewards.
+"""What an agent's run begins with and never changes: the starting policy, the one that a distance is taken from, the
+one that acts where that is another than the one that learns, and the potential that shapes the rewards.
 
 They lie in the run directory, so that going on depends on nothing outside it: the starting policy as `start/`, a
-reference that is another policy as `reference/`, the policy that acts as `behaviour/`, one whose value is the potential as `potential/`. Their hashes stand in
-`config.json` and in every checkpoint.
+reference that is another policy as `reference/`, the policy that acts as `behaviour/`, one whose value is the potential
+as `potential/`. Their hashes stand in `config.json` and in every checkpoint, and that of the file of a potential that
+is a function of the user's own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from upslope.errors import UsageError
 from upslope.policies import ActorCritic
 from upslope.policies.content import content_hash
 from upslope.spaces import Composite
-from upslope.train.config import RolloutConfig, Run
+from upslope.train.config import Run
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import load, save
@@ -115,17 +116,13 @@ def places_of(run: Run, start: Path | None) -> Places:
     Raises:
         UsageError: if there is no such folder.
     """
-    reference = None if run.reference in (None, START) else Path(str(run.reference))
-    if reference is not None and not reference.is_dir():
-        raise UsageError(
-            f"reference={run.reference!r} is no folder: give a policy folder, a run directory or {START!r}"
-        )
-    behaviour = None if run.acting.behaviour is None else Path(run.acting.behaviour)
-    if behaviour is not None and not behaviour.is_dir():
-        raise UsageError(
-            f"rollout.behaviour={run.acting.behaviour!r} is no folder: give a policy folder or a run directory"
-        )
-    return Places(start=start_folder(run.start_from, start), reference=reference, behaviour=behaviour)
+    shaping = run.shaping
+    return Places(
+        start=start_folder(run.start_from, start),
+        reference=_folder("reference", None if run.reference == START else run.reference),
+        behaviour=_folder("rollout.behaviour", run.acting.behaviour),
+        potential=None if shaping is None or shaping.by_function else _folder("shaping.potential", shaping.potential),
+    )
 
 
 def places_in(run: Run, directory: RunDirectory) -> Places:
@@ -136,6 +133,21 @@ def places_in(run: Run, directory: RunDirectory) -> Places:
         start=directory.start if kept else None,
         reference=directory.reference if other else None,
         behaviour=None if run.acting.behaviour is None else directory.behaviour,
+        potential=None if run.shaping is None or run.shaping.by_function else directory.potential,
+    )
+
+
+def _folder(setting: str, place: str | None) -> Path | None:
+    """The folder that a setting names.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    if place is None or Path(place).is_dir():
+        return None if place is None else Path(place)
+    or_else = {"reference": f" or {START!r}", "shaping.potential": " or path/to/file.py:function"}
+    raise UsageError(
+        f"{setting}={place!r} is no folder: give a policy folder or a run directory{or_else.get(setting, '')}"
     )
 
 
@@ -163,16 +175,12 @@ def begin(policy: ActorCritic, run: Run, places: Places, encoder: nn.Module | No
     first = copy.deepcopy(policy).requires_grad_(False) if kept else None
     reference = first if _refers_to_start(run) else None
     if places.reference is not None:
-        reference = load(places.reference, encoder=copy.deepcopy(encoder)).requires_grad_(False)
-        _check_same_actions(policy, reference, f"reference ({places.reference})")
-    behaviour = None
+        reference = _frozen(policy, "reference", places.reference, encoder)
+    behaviour = potential = shaping = None
     if places.behaviour is not None:
-        behaviour = load(places.behaviour, encoder=copy.deepcopy(encoder)).requires_grad_(False)
-        _check_same_actions(policy, behaviour, f"rollout.behaviour ({places.behaviour})")
-    potential, shaping = None, None
+        behaviour = _frozen(policy, "rollout.behaviour", places.behaviour, encoder)
     if run.shaping is not None and places.potential is not None:
-        potential = load(places.potential, encoder=copy.deepcopy(encoder)).requires_grad_(False)
-        _check_same_observations(policy, potential, f"shaping.potential ({places.potential})")
+        potential = _frozen(policy, "shaping.potential", places.potential, encoder, acts=False)
         shaping = shaping_by_policy(run.shaping, potential)
     named = {START: first, "reference": reference, "behaviour": behaviour, "potential": potential}
     hashes = {name: content_hash(one) for name, one in named.items() if one is not None}
@@ -187,6 +195,28 @@ def begin(policy: ActorCritic, run: Run, places: Places, encoder: nn.Module | No
         hashes=hashes,
         notes=notes,
     )
+
+
+def _frozen(
+    policy: ActorCritic, setting: str, place: Path, encoder: nn.Module | None, *, acts: bool = True
+) -> ActorCritic:
+    """A policy that never changes.
+
+    Args:
+        policy: of the run.
+        setting: that names it.
+        place: its folder.
+        encoder: the user's own, if any.
+        acts: whether its actions matter, beside its values.
+
+    Raises:
+        UsageError: if it sees, or does, something else.
+        CheckpointError: if the folder is damaged or no policy folder.
+    """
+    other = load(place, encoder=copy.deepcopy(encoder)).requires_grad_(False)
+    check = _check_same_actions if acts else _check_same_observations
+    check(policy, other, f"{setting} ({place})")
+    return other
 
 
 def keep(beginning: Beginning, directory: RunDirectory) -> None:
