@@ -218,6 +218,11 @@ class ActorCritic(nn.Module):
         present = packing.put(value[:count])
         return present, trajectory.next_value(present, value[count:])
 
+    def features(self, steps: Steps) -> Tensor:
+        """[M, F] what the encoder makes of normalised observations: the input of torso or actor and critic."""
+        observation, _ = self._flat(steps.observation, steps.action, self._steps(steps.action))
+        return self.encoder(self.masking.seen(self._normalized(observation)))
+
     def observe(self, trajectory: Trajectory) -> None:
         """Let the observation normaliser, if there is one, see what was collected: after learning from it."""
         if self.observation_normalizer is not None:

@@ -39,17 +39,16 @@ def closed_form_product(
     """
     if not isinstance(policy, ActorCritic) or policy.sequential or not isinstance(old, HeadDistribution):
         return None
-    layers = policy.actor_layers(batch)
-    if layers is None or not fusable(layers[0], *parameters):
+    networks = (policy.actor,) if policy.torso is None else (policy.torso, policy.actor)
+    if not (policy.vector_only and fusable(*parameters)):
         return None
-    features, networks = layers
     if any(network.activation not in FUSED_ACTIVATIONS for network in networks):
         return None
     tensors = [tensor for network in networks for tensor in network.tensors()]
     places = {id(parameter): number for number, parameter in enumerate(parameters)}
     if {id(tensor) for tensor in tensors} != places.keys():
         return None
-    mask = batch.mask.flatten()
+    mask, features = batch.mask.flatten(), policy.features(batch)
     chosen = HeadDistribution(old.head, old.parameters.flatten(0, -2)[mask])
     jacobian = Jacobian(features[mask].detach().numpy(), networks)
     return _Product(jacobian, Metric(chosen, 1.0 / steps), [places[id(tensor)] for tensor in tensors], parameters)

@@ -9,7 +9,7 @@ critic's are the others: of a torso that both share, the critic is fitted by its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +49,7 @@ def natural_update(
     learning_rate: float,
     first: Batch,
     pieces: Callable[[Batch], Iterator[Batch]],
-    minibatches: Callable[[], Iterator[Batch]],
+    minibatches: Callable[[Batch], Iterator[Batch]],
 ) -> tuple[float, dict[str, float]]:
     """Step with the gradient that lies in place, then fit the critic if it has a target.
 
@@ -62,7 +62,7 @@ def natural_update(
         learning_rate: of the critic.
         first: a row (or step) of the batch.
         pieces: micro-batches of a batch.
-        minibatches: of one pass of the critic over the batch.
+        minibatches: of one pass of the critic over a batch.
 
     Returns:
         The norm of the gradient, and the metrics of the step and of the fit.
@@ -74,9 +74,10 @@ def natural_update(
     norm = optimizer.step_by(update.take)
     if batch.value_target is None or not parts.critic:
         return norm, update.metrics
-    fit = CriticFit(policy, parts.critic)
+    seen, value = critic_alone(policy, batch)
+    fit = CriticFit(value, parts.critic)
     for _ in range(settings.critic_epochs):
-        for minibatch in minibatches():
+        for minibatch in minibatches(seen):
             steps = int(minibatch.mask.sum())
             if steps:
                 optimizer.zero_gradient()
@@ -239,12 +240,12 @@ class CriticFit:
     """Regression of the critic on its targets: the mean of 0.5 (V - target)^2 over chosen steps.
 
     Args:
-        policy: whose critic it is.
+        value: V_t of a batch, differentiable.
         critic: the parameters that move.
     """
 
-    def __init__(self, policy: Policy, critic: Sequence[Tensor]) -> None:
-        self._policy, self._critic = policy, tuple(critic)
+    def __init__(self, value: Callable[[Batch], Tensor], critic: Sequence[Tensor]) -> None:
+        self._value, self._critic = value, list(critic)
         self._errors: list[Tensor] = []
 
     @property
@@ -261,21 +262,43 @@ class CriticFit:
         """
         total: Tensor | None = None
         for piece in pieces:
-            value, target = _value(self._policy, piece), piece.value_target
+            value, target = self._value(piece), piece.value_target
             assert target is not None
             weight = step_mean(piece.mask, steps=steps, dtype=value.dtype)
             error = weighted_sum(squared_value_error(value, target), weight)
-            error.backward(inputs=list(self._critic))
+            error.backward(inputs=self._critic)
             total = error.detach() if total is None else total + error.detach()
         if total is not None:
             self._errors.append(total)
 
 
-def _value(policy: Policy, batch: Batch) -> Tensor:
-    """V_t, differentiable; without the actor where the policy can do that."""
-    value = policy.critic_value(batch) if isinstance(policy, ActorCritic) else policy.evaluate(batch).value
-    assert value is not None
-    return value
+def critic_alone(policy: Policy, batch: Batch) -> tuple[Batch, Callable[[Batch], Tensor]]:
+    """The batch as the critic sees it, and V_t of it: without what only the actor needs, or moves, where that can be.
+
+    Args:
+        policy: whose critic it is.
+        batch: the steps of all passes.
+    """
+    if isinstance(policy, ActorCritic) and policy.critic_encoder is None and not policy.sequential:
+        critic = policy.critic
+        assert critic is not None
+        with torch.no_grad():
+            features = policy.features(batch)
+            features = features if policy.torso is None else policy.torso(features)
+        seen = replace(batch, observation=features.view(*batch.mask.shape, -1))
+        return seen, lambda each: critic(_features(each)).squeeze(-1)
+
+    def value(each: Batch) -> Tensor:
+        found = policy.evaluate(each).value
+        assert found is not None
+        return found
+
+    return batch, value
+
+
+def _features(batch: Batch) -> Tensor:
+    assert isinstance(batch.observation, Tensor)
+    return batch.observation
 
 
 def _gradient_of(parameter: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def learn(
                 learning_rate=learning_rate,
                 first=_select(minibatch, slice(0, 1)),
                 pieces=partial(_pieces, parts=optimizer.micro_batches, together=passes.together),
-                minibatches=partial(_minibatches, minibatch, cut, generator),
+                minibatches=partial(_minibatches, passes=cut, generator=generator),
             )
             totals.add_norm(norm)
         if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
