@@ -34,6 +34,7 @@ from upslope.train import OptimizerConfig as OptimizerConfig
 from upslope.train import Result as Result
 from upslope.train import RolloutConfig as RolloutConfig
 from upslope.train import Run as Run
+from upslope.train import ShapingConfig as ShapingConfig
 from upslope.train import Snapshot as Snapshot
 from upslope.train import evaluate_run as evaluate_run
 from upslope.train import load as load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tabular_world import TabularPolicy, gradients, whole_batch
 from two_episodes import EXPECTED, chosen, policy_with_values, two_episodes
 
 from upslope.algorithms import A2C, OneStepActorCritic
+from upslope.algorithms.reference_kl import ReferenceKL
 
 
 def test_one_step_takes_the_td_residual() -> None:
@@ -100,6 +102,7 @@ ONE_STEP_CHANGES = {
     "discounted_states": True,
     "value_coefficient": 0.123,
     "entropy_coefficient": 0.123,
+    "entropy_schedule": "linear",
 }
 A2C_CHANGES = {
     "gamma": 0.5,
@@ -107,11 +110,16 @@ A2C_CHANGES = {
     "normalize_advantage": True,
     "value_coefficient": 0.123,
     "entropy_coefficient": 0.123,
+    "entropy_schedule": "linear",
+    "reference_kl": ReferenceKL(coefficient=0.1),
 }
 
 
-@pytest.mark.parametrize(("base", "changes"), [(OneStepActorCritic(), ONE_STEP_CHANGES), (A2C(), A2C_CHANGES)])
-def test_describe_tells_every_setting(base: A2C | OneStepActorCritic, changes: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [(OneStepActorCritic(entropy_coefficient=0.01), ONE_STEP_CHANGES), (A2C(entropy_coefficient=0.01), A2C_CHANGES)],
+)
+def test_describe_tells_every_setting(base: A2C | OneStepActorCritic, changes: dict[str, Any]) -> None:
     assert set(changes) == {field.name for field in fields(base)}
     for name, value in changes.items():
         assert replace(base, **{name: value}).describe() != base.describe(), name

@@ -110,6 +110,7 @@ CHANGES: dict[str, tuple[Reinforce, float | str | ReferenceKL]] = {
     "normalize_advantage": (Reinforce(), True),
     "value_coefficient": (Reinforce(psi="baselined"), 0.123),
     "entropy_coefficient": (Reinforce(), 0.123),
+    "entropy_schedule": (Reinforce(entropy_coefficient=0.1), "linear"),
     "reference_kl": (Reinforce(), ReferenceKL(coefficient=0.1)),
 }
 
