@@ -15,6 +15,7 @@ from upslope.auditing.cases import (
     divergences,
     given_data,
     language_models,
+    masks,
     objectives,
     preference,
     reductions,
@@ -65,6 +66,7 @@ def all_cases() -> Iterator[Case]:
         preference,
         curvature,
         shaping,
+        masks,
     ):
         yield from room.cases()
 
