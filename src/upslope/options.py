@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _Settings = TypeVar("_Settings")
 _RunKind = TypeVar("_RunKind", bound="AnyRun")
-_CHOSEN = ("task", "experience", "algorithm")
+_CHOSEN = ("task", "experience", "rollout", "algorithm")
 """Settings of a run that may be of several classes: a recipe has chosen one, whose settings are the options."""
 
 

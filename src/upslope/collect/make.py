@@ -103,7 +103,12 @@ Source: TypeAlias = EnvironmentConfig | str | _Object
 
 
 def resolve_environments(
-    source: Source, config: EnvironmentConfig | None = None, *, seed: int = 0, purpose: Purpose = Purpose.ENVIRONMENT
+    source: Source,
+    config: EnvironmentConfig | None = None,
+    *,
+    seed: int = 0,
+    purpose: Purpose = Purpose.ENVIRONMENT,
+    separate: bool = False,
 ) -> Resolution:
     """Settle what the config leaves open, by measuring and trying.
 
@@ -117,6 +122,8 @@ def resolve_environments(
         source: where environments come from.
         config: all other settings, if the source is not a config.
         seed, purpose: of the random numbers for the trial steps.
+        separate: each environment has to begin where it is told to, as those of a group do; an environment's own
+            vectorisation, which takes one seed for all, is then no choice for `vectorization="auto"`.
 
     Raises:
         UnknownEnvironmentError: if there is no such environment, or its package is missing.
@@ -126,7 +133,7 @@ def resolve_environments(
     notes: list[str] = []
     start = derived_seed(seed, purpose) >> 32
     if config.vectorization == "auto" and not isinstance(thing, VectorEnv):
-        choice, why = _fastest(config, thing, start)
+        choice, why = _fastest(config, thing, start, separate)
         config = dataclasses.replace(config, vectorization=choice)
         notes.append(f"environments are stepped {choice}: {why}")
     if config.resume != "rebuild":
@@ -321,13 +328,13 @@ def _resume_problem(config: EnvironmentConfig, source: _Object | None, seed: int
 
 
 def _fastest(
-    config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None, seed: int
+    config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None, seed: int, separate: bool
 ) -> tuple[Literal["sync", "async", "native"], str]:
     if isinstance(source, gymnasium.Env):
         return "sync", "it was passed as one object"
     if isinstance(source, FiniteFactory):
         return "native", "tables are looked up for all at once"
-    if source is None and config.count >= _NATIVE_COUNT and has_native(config):
+    if source is None and config.count >= _NATIVE_COUNT and not separate and has_native(config):
         return "native", f"it has a vectorisation of its own, and {_NATIVE_COUNT} or more gain from it"
     together = config.count * _seconds_per_step(SyncEnvironments([_factory(config, source, None)]), seed)
     cores = min(available_cores(), config.processes or config.count, config.count)

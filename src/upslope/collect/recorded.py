@@ -42,7 +42,8 @@ class RecordedCollector:
     def __init__(
         self, recording: Recording, environments: VectorEnvironment, config: RecordedConfig, *, seed: int
     ) -> None:
-        check_recorded_spaces(recording, environments, str(config.file))
+        own = (environments.observation_space, environments.action_space)
+        check_recorded_spaces((recording.observation_space, recording.action_space), own, str(config.file))
         self.environments = environments
         self._trajectory = unsampled(recording.trajectory)
         self._pieces = _pieces(recording.trajectory, config.length)
@@ -131,27 +132,22 @@ def _pieces(trajectory: Trajectory, length: int | None) -> Sequence[Piece]:
     return [piece for piece in found if bool(chosen[piece.row, piece.start : piece.stop].any())]
 
 
-def check_recorded_spaces(recording: Recording, environments: VectorEnvironment, where: str) -> None:
-    """Refuse recordings of another world; only how far observations reach may differ.
+def check_recorded_spaces(recorded: tuple[Space, Space], environments: tuple[Space, Space], what: str) -> None:
+    """Refuse what is of another world; only how far observations reach may differ.
 
     Args:
-        recording: to be learnt from.
-        environments: of the run.
-        where: what the recording is called in the error.
+        recorded: observation and action space of what is to be used.
+        environments: those of the environments.
+        what: it is called in the error.
 
     Raises:
         UsageError: with both spaces.
     """
-    if _outline(recording.observation_space) != _outline(environments.observation_space):
-        raise UsageError(
-            f"{where} was recorded with observations in {recording.observation_space}, the environment has "
-            f"{environments.observation_space}: record it in the environment of the run"
-        )
-    if _outline(recording.action_space) != _outline(environments.action_space):
-        raise UsageError(
-            f"{where} was recorded with actions in {recording.action_space}, the environment has "
-            f"{environments.action_space}: record it in the environment of the run"
-        )
+    for name, theirs, ours in zip(("observations", "actions"), recorded, environments, strict=True):
+        if _outline(theirs) != _outline(ours):
+            raise UsageError(
+                f"{what} is of {name} in {theirs}, and the environment has {ours}: take one of the same environment"
+            )
 
 
 def _outline(space: Space) -> object:

@@ -87,7 +87,8 @@ class SegmentPairCollector:
         *,
         seed: int,
     ) -> None:
-        check_recorded_spaces(recording, environments, str(config.file))
+        own = (environments.observation_space, environments.action_space)
+        check_recorded_spaces((recording.observation_space, recording.action_space), own, str(config.file))
         if not pairs:
             raise UsageError("there is no pair of segments to learn from")
         self.environments = environments

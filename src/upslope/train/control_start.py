@@ -50,7 +50,8 @@ def train_agent(run: Run, given: Given, callbacks: Sequence[Callback]) -> Result
             if source is not None:
                 environment = replace(environment, id=given_id(source))
             made_of = environments_of(environment, source)
-            resolution = resolve_environments(made_of, environment)
+            separate = run.acting.group_size is not None
+            resolution = resolve_environments(made_of, environment, separate=separate)
             run = replace(run, environment=resolution.config)
             check_ends(run, made_of)
             evaluator = _evaluator(run, given)
