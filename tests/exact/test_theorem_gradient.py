@@ -26,7 +26,7 @@ from upslope.exact import (
 )
 from upslope.exact.gradient import Gradient
 
-AVERAGE = ("ring", "two-state-continuing")
+AVERAGE = ("ring", "two-state-continuing", "access-control")
 DISCOUNTED = ("two-state", "six-state", "loops", "time-limit", "noisy-rewards")
 
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from upslope.errors import UsageError
 from upslope.exact import _classics as classics
+from upslope.exact import _continuing as endless
 from upslope.exact import _small as small
 from upslope.exact._classics import baird_features as baird_features
 from upslope.exact._named import NamedProblem as NamedProblem
@@ -26,6 +27,7 @@ PROBLEMS: Mapping[str, Callable[[], NamedProblem]] = MappingProxyType(
         "noisy-rewards": small.noisy_rewards,
         "ring": small.ring,
         "two-state-continuing": small.two_state_continuing,
+        "access-control": endless.access_control,
     }
 )
 """Name -> how to build it."""
