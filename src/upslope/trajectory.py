@@ -230,7 +230,24 @@ class Steps(Protocol):
 
 
 class Sampler(Protocol):
-    """A policy made lean for a rollout: NumPy in, NumPy out, parameters read where they lie."""
+    """A policy made lean for a rollout: NumPy in, NumPy out, parameters read where they lie.
+
+    One with a memory is told when it begins, moves its memory on with every action, and is told which episodes ended.
+    One without is a `Memoryless` and hears of nothing.
+    """
+
+    def begin(self, memory: ObservationArrays | None, environments: int) -> None:
+        """Take up what was remembered, [N, ...], or begin with nothing; before the first action."""
+        ...
+
+    def restart(self, environments: np.ndarray) -> None:
+        """Forget what belongs to the episodes of some environments, by index: the next action begins new ones."""
+        ...
+
+    @property
+    def memory(self) -> ObservationArrays | None:
+        """A copy of what is remembered, [N, ...]; None for nothing."""
+        ...
 
     def noise(self, generator: np.random.Generator, steps: int, environments: int) -> np.ndarray:
         """All the randomness of a rollout, [steps, environments, ...], drawn at once."""
@@ -247,6 +264,21 @@ class Sampler(Protocol):
     def to_environment(self, action: np.ndarray) -> np.ndarray:
         """The action as the environment takes it: clipped, squashed, scaled, offset."""
         ...
+
+
+class Memoryless:
+    """What a sampler that remembers nothing has to say about its memory."""
+
+    def begin(self, memory: ObservationArrays | None, environments: int) -> None:
+        """Nothing to take up."""
+
+    def restart(self, environments: np.ndarray) -> None:
+        """Nothing to forget."""
+
+    @property
+    def memory(self) -> ObservationArrays | None:
+        """Nothing."""
+        return None
 
 
 class Policy(Protocol):

@@ -11,7 +11,7 @@ from upslope.collect.rollout import Rollout, Truncation, concatenate, seal_episo
 from upslope.collect.vector import VectorEnvironment
 from upslope.spaces import Leaf, Space
 from upslope.streams import Purpose, stream
-from upslope.trajectory import ObservationArrays, Policy, Sampler, Trajectory, Tree
+from upslope.trajectory import ObservationArrays, Policy, Sampler, Trajectory, Tree, map_observation
 
 _CHUNK = 32
 
@@ -31,12 +31,16 @@ class EnvironmentCollector:
         rank: of this process, if there are several.
         truncation: what a time limit means.
         episode_limit: steps after which an episode counts as endless, where whole episodes are collected.
+        row_steps: with `steps`, cut what an environment brings into rows of so many steps, a divisor of `steps`; None
+            for one row. Each begins with the memory that the policy carried there.
+
+    What a policy with a memory carries goes on from one update into the next where episodes do.
 
     Attributes:
         steps_taken: environment steps of the last update, also those of episodes begun and left out.
 
     Raises:
-        ValueError: unless exactly one of `steps` and `episodes` is given and positive.
+        ValueError: unless exactly one of `steps` and `episodes` is given and positive, and `row_steps` divides `steps`.
     """
 
     def __init__(
@@ -49,19 +53,24 @@ class EnvironmentCollector:
         rank: int = 0,
         truncation: Truncation = "bootstrap",
         episode_limit: int = EPISODE_LIMIT,
+        row_steps: int | None = None,
     ) -> None:
         if (steps is None) == (episodes is None):
             raise ValueError(f"give either steps or episodes per update, got steps={steps} and episodes={episodes}")
         if (steps or episodes or 0) < 1:
             raise ValueError(f"an update needs at least one step or episode, got steps={steps}, episodes={episodes}")
+        if row_steps is not None and (steps is None or row_steps < 1 or steps % row_steps):
+            raise ValueError(f"rows of row_steps={row_steps} steps must divide the {steps} steps of an update")
         self.environments = environments
         self._length = steps
+        self._row_steps = row_steps
         self._quota = episode_quota(episodes, environments.num_envs) if episodes is not None else None
         self._seed = seed
         self._rank = rank
         self._truncation: Truncation = truncation
         self._episode_limit = episode_limit
         self._observation: ObservationArrays | None = None
+        self._memory: ObservationArrays | None = None
         self._time = np.zeros(environments.num_envs, dtype=np.int64)
         self._returns = np.zeros(environments.num_envs)
         self._finished: list[tuple[float, int]] = []
@@ -97,14 +106,15 @@ class EnvironmentCollector:
     def _collect_steps(self, policy: Policy, update: int, generator: np.random.Generator, steps: int) -> Trajectory:
         if self._observation is None:
             self._observation = self.environments.reset(self._seeds(update))
-        rollout = self._run(policy.sampler(), generator, self._observation, steps, update)
-        self._observation = rollout.last
+        sampler = policy.sampler()
+        rollout = self._run(sampler, generator, self._observation, steps, update, self._memory)
+        self._observation, self._memory = rollout.last, sampler.memory
         self.steps_taken = int(rollout.live.sum())
         time = rollout.decision_times(self._time)
         episodes, self._returns = rollout.episode_returns(self._returns)
         self._finished += [(total, int(time[row, position]) + 1) for position, row, total in episodes]
         self._time = time[:, -1].copy()
-        return seal_fragments(rollout, time[:, :-1], policy, update, self._truncation)
+        return seal_fragments(rollout, time[:, :-1], policy, update, self._truncation, self._row_steps)
 
     def _collect_episodes(self, policy: Policy, update: int, generator: np.random.Generator) -> Trajectory:
         quota = self._quota
@@ -113,7 +123,9 @@ class EnvironmentCollector:
         sampler, chunks, counted = policy.sampler(), list[Rollout](), np.zeros_like(quota)
         lengths = np.zeros_like(quota)
         while (counted < quota).any():
-            chunks.append(self._run(sampler, generator, observation, _CHUNK, update))
+            chunks.append(
+                self._run(sampler, generator, observation, _CHUNK, update, sampler.memory if chunks else None)
+            )
             assert chunks[-1].last is not None
             observation = chunks[-1].last
             done = chunks[-1].terminated | chunks[-1].truncated
@@ -132,14 +144,22 @@ class EnvironmentCollector:
         return seal_episodes(rollout, quota, policy, update, self._truncation)
 
     def _run(
-        self, sampler: Sampler, generator: np.random.Generator, first: ObservationArrays, steps: int, update: int
+        self,
+        sampler: Sampler,
+        generator: np.random.Generator,
+        first: ObservationArrays,
+        steps: int,
+        update: int,
+        memory: ObservationArrays | None,
     ) -> Rollout:
         environments = self.environments
         noise = sampler.noise(generator, steps, environments.num_envs)
         with few_threads(environments.num_envs):
+            sampler.begin(None, environments.num_envs)
             rollout = Rollout.allocate(first, sampler.sample(first, noise[0]), steps)
+            sampler.begin(memory, environments.num_envs)
             try:
-                _loop(environments, sampler, noise, rollout, first)
+                _loop(environments, sampler, noise, rollout, first, self._row_steps or steps)
             finally:
                 rollout.check_finite(update)
         return rollout
@@ -157,7 +177,7 @@ class EnvironmentCollector:
 
         They end as truncated ones: the rows already sealed bootstrap from the last observation seen.
         """
-        self._observation = self.environments.rebuild(self._seeds(update))
+        self._observation, self._memory = self.environments.rebuild(self._seeds(update)), None
         self._time[:] = 0
         self._returns[:] = 0.0
 
@@ -177,6 +197,7 @@ class EnvironmentCollector:
             "mode": "snapshot",
             "time": self._time.copy(),
             "returns": self._returns.copy(),
+            "memory": self._memory,
             "environments": self.environments.snapshot(),
             **common,
         }
@@ -195,6 +216,8 @@ class EnvironmentCollector:
             self._observation = self.environments.restore(tree["environments"])
             self._time = np.asarray(tree["time"]).astype(np.int64)
             self._returns = np.asarray(tree["returns"]).astype(np.float64)
+            memory = tree["memory"]
+            self._memory = None if memory is None else map_observation(np.array, memory)
 
     def close(self) -> None:
         """Close the environments."""
@@ -207,12 +230,15 @@ def _loop(
     noise: np.ndarray,
     rollout: Rollout,
     observation: ObservationArrays,
+    row_steps: int,
 ) -> None:
     """Everything that cannot wait until the rollout is over, and nothing else."""
     record = _recorder(rollout.observation)
     sample, to_environment, advance = sampler.sample, sampler.to_environment, environments.step
     actions, rewards = rollout.action, rollout.reward
     for position, chance in enumerate(noise):
+        if position % row_steps == 0:
+            rollout.memory.append(sampler.memory)
         record(position, observation)
         rollout.filled = position + 1
         action = sample(observation, chance)
@@ -225,8 +251,10 @@ def _loop(
             rollout.terminated[:, position] = step.terminated
             rollout.truncated[:, position] = step.truncated
             rollout.ends.append((position, step.finished, step.final))
+            sampler.restart(step.finished)
         if step.live is not None:
             rollout.live[:, position] = step.live
+            sampler.restart(np.flatnonzero(~step.live))
     rollout.last = observation
 
 

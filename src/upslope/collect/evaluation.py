@@ -136,6 +136,7 @@ def evaluate_policy(
     quota = episode_quota(max(episodes, count), count)
     observation = environments.reset(environment_seeds(seed, Purpose.EVALUATION_ENVIRONMENT, 0, update, count))
     sampler = policy.sampler()
+    sampler.begin(None, count)
     generator = stream(seed, Purpose.EVALUATION_ACTION, 0, update)
     results: list[list[tuple[float, int]]] = [[] for _ in range(count)]
     counted = np.zeros_like(quota)
@@ -154,6 +155,8 @@ def evaluate_policy(
             step = environments.step(sampler.to_environment(action))
             refuse_unfinite("reward", step.reward, steps)
             observation, steps = step.observation, steps + 1
+            if step.live is not None:
+                sampler.restart(np.flatnonzero(~step.live))
             refuse_unfinite("observation", observation, steps)
             returns += step.reward if step.live is None else np.where(step.live, step.reward, 0.0)
             lengths += 1 if step.live is None else step.live
@@ -161,6 +164,7 @@ def evaluate_policy(
                 for index in step.finished:
                     results[index].append((float(returns[index]), int(lengths[index])))
                 counted[step.finished] += 1
+                sampler.restart(step.finished)
                 returns[step.finished], lengths[step.finished] = 0.0, 0
             refuse_endless(lengths, counted < quota, episode_limit)
     kept = [entry for each, wanted in zip(results, quota, strict=True) for entry in each[:wanted]]

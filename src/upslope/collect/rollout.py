@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,8 @@ class Rollout:
         filled: how many positions are written.
         ends: (position, environments, final observations) wherever episodes ended.
         last: [N, ...] the observation after the last step.
+        memory: [N, ...] what the policy remembered at the first position of each row that is to be made; None for
+            nothing.
     """
 
     observation: ObservationArrays
@@ -38,6 +40,7 @@ class Rollout:
     filled: int = 0
     ends: list[tuple[int, np.ndarray, ObservationArrays]] = field(default_factory=list)
     last: ObservationArrays | None = None
+    memory: list[ObservationArrays | None] = field(default_factory=list["ObservationArrays | None"])
 
     @classmethod
     def allocate(cls, observation: ObservationArrays, action: np.ndarray, steps: int) -> Rollout:
@@ -173,13 +176,18 @@ def concatenate(rollouts: list[Rollout]) -> Rollout:
         }
     else:
         observation = np.concatenate([entry for entry in observations if isinstance(entry, np.ndarray)], axis=1)
-    return Rollout(observation=observation, filled=offset, ends=ends, last=rollouts[-1].last, **joined)
+    return Rollout(observation=observation, filled=offset, ends=ends, last=rollouts[-1].last, memory=[], **joined)
 
 
 def seal_fragments(
-    rollout: Rollout, time: np.ndarray, policy: Policy, update: int, truncation: Truncation
+    rollout: Rollout,
+    time: np.ndarray,
+    policy: Policy,
+    update: int,
+    truncation: Truncation,
+    row_steps: int | None = None,
 ) -> Trajectory:
-    """One row per environment, cut where the rollout ends.
+    """One row per environment, cut where the rollout ends; or several of `row_steps` each, those of one in order.
 
     Args:
         rollout: [N, T].
@@ -187,17 +195,60 @@ def seal_fragments(
         policy: who acted.
         update: its version.
         truncation: what a time limit means.
+        row_steps: positions of a row, a divisor of T; None for T.
     """
-    steps = rollout.reward.shape[1]
+    count, steps = rollout.reward.shape
+    length = steps if row_steps is None else row_steps
     terminated, truncated = _facts(rollout, truncation)
     index, final = _open_ends(rollout, terminated, steps)
     assert rollout.last is not None
-    open_rows = np.flatnonzero(rollout.live[:, -1] & ~(terminated[:, -1] | truncated[:, -1]))
-    ends = (
-        np.concatenate([index, open_rows * steps + steps - 1]),
-        _join([final, map_observation(lambda a: a[open_rows], rollout.last)]),
+    indices, finals = [index], [final]
+    for position in range(length - 1, steps, length):
+        open_rows = np.flatnonzero(rollout.live[:, position] & ~(terminated[:, position] | truncated[:, position]))
+        indices.append(open_rows * steps + position)
+        following = rollout.last if position == steps - 1 else _at(rollout.observation, position + 1)
+        finals.append(map_observation(lambda a, rows=open_rows: a[rows], following))
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        return array.reshape(count * (steps // length), length, *array.shape[2:])
+
+    rows = Rollout(
+        observation=map_observation(cut, rollout.observation),
+        action=cut(rollout.action),
+        reward=cut(rollout.reward),
+        terminated=cut(terminated),
+        truncated=cut(truncated),
+        live=cut(rollout.live),
     )
-    return _seal(rollout, terminated, truncated, rollout.live, time, ends, policy, update)
+    return _seal(
+        rows,
+        rows.terminated,
+        rows.truncated,
+        rows.live,
+        cut(np.ascontiguousarray(time)),
+        (np.concatenate(indices), _join(finals)),
+        policy,
+        update,
+        _memory_of_rows(rollout.memory),
+    )
+
+
+def _at(observation: ObservationArrays, position: int) -> ObservationArrays:
+    return map_observation(lambda array: array[:, position], observation)
+
+
+def _memory_of_rows(memory: list[ObservationArrays | None]) -> Observation | None:
+    """[N * R, ...] from R memories [N, ...], those of one environment in order."""
+    known = [each for each in memory if each is not None]
+    if not known:
+        return None
+    names = known[0]
+    if not isinstance(names, dict):
+        return torch.from_numpy(np.stack([each for each in known if isinstance(each, np.ndarray)], axis=1)).flatten(
+            0, 1
+        )
+    parts = [each for each in known if isinstance(each, dict)]
+    return {name: torch.from_numpy(np.stack([part[name] for part in parts], axis=1)).flatten(0, 1) for name in names}
 
 
 def seal_episodes(
@@ -275,13 +326,31 @@ def _seal(
     ends: tuple[np.ndarray, ObservationArrays],
     policy: Policy,
     update: int,
+    memory: Observation | None = None,
 ) -> Trajectory:
     index, final = ends
     order = np.argsort(index, kind="stable")
-    observation = _tensors(rows.observation)
-    action, chosen = torch.from_numpy(rows.action), torch.from_numpy(mask)
+    chosen = torch.from_numpy(mask)
+    trajectory = Trajectory(
+        observation=_tensors(rows.observation),
+        action=torch.from_numpy(rows.action),
+        reward=torch.from_numpy(rows.reward.astype(np.float32)),
+        terminated=torch.from_numpy(terminated),
+        truncated=torch.from_numpy(truncated),
+        mask=chosen,
+        behaviour_log_prob=torch.zeros(mask.shape),
+        time=torch.from_numpy(np.ascontiguousarray(time)),
+        final_observation=_tensors(map_observation(lambda a: a[order], final)),
+        final_index=torch.from_numpy(index[order]),
+        policy_version=update,
+        memory=memory,
+    )
     with torch.no_grad():
-        log_prob = policy.log_prob(observation, action).detach().masked_fill(~chosen, 0.0)
+        if policy.sequential:
+            log_prob = policy.evaluate(trajectory).log_prob
+        else:
+            log_prob = policy.log_prob(trajectory.observation, trajectory.action)
+    log_prob = log_prob.detach().masked_fill(~chosen, 0.0)
     if not bool(torch.isfinite(log_prob).all()):
         row, position = (int(k) for k in torch.nonzero(~torch.isfinite(log_prob))[0])
         raise NonFiniteError(
@@ -289,19 +358,7 @@ def _seal(
             f"{position} of update {update}: the policy has diverged, or its sampler and its log_prob disagree. Lower "
             "the learning rate or clip gradients"
         )
-    return Trajectory(
-        observation=observation,
-        action=action,
-        reward=torch.from_numpy(rows.reward.astype(np.float32)),
-        terminated=torch.from_numpy(terminated),
-        truncated=torch.from_numpy(truncated),
-        mask=chosen,
-        behaviour_log_prob=log_prob,
-        time=torch.from_numpy(np.ascontiguousarray(time)),
-        final_observation=_tensors(map_observation(lambda a: a[order], final)),
-        final_index=torch.from_numpy(index[order]),
-        policy_version=update,
-    )
+    return replace(trajectory, behaviour_log_prob=log_prob)
 
 
 def _join(parts: list[ObservationArrays]) -> ObservationArrays:

@@ -217,11 +217,15 @@ class Meter:
 def _kl(policy: Policy, batches: Sequence[Batch]) -> Tensor:
     """The mean over chosen steps of k3 of KL(old || new), old being the one that acted."""
     with _untouched(policy, batches[0].behaviour_log_prob.device):
-        estimates = [
-            k3(batch.behaviour_log_prob, policy.log_prob(batch.observation, batch.action))[batch.mask]
-            for batch in batches
-        ]
+        estimates = [k3(batch.behaviour_log_prob, _log_prob(policy, batch))[batch.mask] for batch in batches]
     return torch.cat(estimates).mean()
+
+
+def _log_prob(policy: Policy, batch: Batch) -> Tensor:
+    """That of the actions; where a memory was carried into the rows, by going through them."""
+    if batch.memory is not None:
+        return policy.evaluate(batch).log_prob
+    return policy.log_prob(batch.observation, batch.action)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.policies import Categorical, HeadDistribution
-from upslope.trajectory import Evaluation, Observation, ObservationArrays, Steps, Trajectory
+from upslope.trajectory import Evaluation, Memoryless, Observation, ObservationArrays, Steps, Trajectory
 
 
 class StatePolicy(nn.Module):
@@ -115,7 +115,7 @@ class LinearPolicy(StatePolicy):
 
 
 @final
-class TableSampler:
+class TableSampler(Memoryless):
     """NumPy in, NumPy out: samples from rows of a table of preferences; a `Sampler`."""
 
     def __init__(self, head: Categorical, preferences: np.ndarray) -> None:

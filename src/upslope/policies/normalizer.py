@@ -176,13 +176,14 @@ class RewardNormalizer(nn.Module):
         scale = (self.statistics.variance + _EPSILON).sqrt()
         return (reward.double() / scale).clamp_(-self.clip, self.clip).to(reward.dtype)
 
-    def scale(self, trajectory: Trajectory, gamma: float) -> Tensor:
+    def scale(self, trajectory: Trajectory, gamma: float, *, rows_each: int = 1) -> Tensor:
         """Take the trajectory's rewards into the statistics, then scale them: [B, T], a new tensor.
 
         Args:
-            trajectory: one environment per row, the same environments in every call while episodes are open. Positions
-                that are no steps (`mask` False) are skipped: not counted, and not decayed over.
+            trajectory: rows of environments in order, the same environments in every call while episodes are open.
+                Positions that are no steps (`mask` False) are skipped: not counted, and not decayed over.
             gamma: the algorithm's discount factor.
+            rows_each: how many rows of the trajectory are one environment's, one after the other.
 
         Raises:
             ValueError: if a reward is not finite, or the number of environments changed; nothing is changed then.
@@ -195,11 +196,12 @@ class RewardNormalizer(nn.Module):
                 "repair the environment's reward"
             )
         # The end of a row's data ends no episode: `cut` would be too much here.
-        ended = trajectory.terminated | trajectory.truncated
-        rewards = torch.where(mask, reward, 0.0).to(self.running_return)
+        ended = (trajectory.terminated | trajectory.truncated).reshape(len(reward) // rows_each, -1)
+        mask = mask.reshape(ended.shape)
+        rewards = torch.where(mask, reward.reshape(ended.shape), 0.0).to(self.running_return)
         decay = torch.ones_like(rewards).masked_fill_(mask, gamma)
         decay[:, 1:].masked_fill_(ended[:, :-1], 0.0)
-        rewards[:, 0] += decay[:, 0] * self._carried(len(reward))
+        rewards[:, 0] += decay[:, 0] * self._carried(len(rewards))
         decay[:, 0] = 0.0
         returns = backward_recurrence(rewards.flip(-1), decay.flip(-1)).flip(-1)
         self.statistics.merge(returns[mask])

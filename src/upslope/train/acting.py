@@ -45,6 +45,7 @@ class Acting:
         self._stale = copy.deepcopy(policy).requires_grad_(False) if rollout.lag else None
         self._earlier: deque[Trajectory] = deque(maxlen=rollout.batches - 1)
         self._staleness = 0.0
+        self._rows_each = 1 if rollout.row_steps is None else (rollout.steps or 0) // rollout.row_steps
 
     def policy(self) -> ActorCritic:
         """Who acts in the update that begins."""
@@ -76,7 +77,7 @@ class Acting:
         normalizer = self._policy.reward_normalizer
         scaled = together
         if normalizer is not None:
-            newest = replace(trajectory, reward=normalizer.scale(trajectory, gamma))
+            newest = replace(trajectory, reward=normalizer.scale(trajectory, gamma, rows_each=self._rows_each))
             scaled = [*(replace(earlier, reward=normalizer(earlier.reward)) for earlier in self._earlier), newest]
         self._earlier.append(trajectory)
         return joined(scaled)

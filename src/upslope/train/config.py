@@ -69,6 +69,8 @@ class RolloutConfig:
     """Steps per environment and update; None when whole episodes are collected."""
     episodes: int | None = None
     """Whole episodes per update, over all environments; None when fragments are collected."""
+    row_steps: int | None = None
+    """Cut the steps of an environment into rows of so many, each begun with the memory carried there; None for one."""
     group_size: int | None = None
     """Episodes that begin alike and are compared with each other (GRPO, RLOO); None for no groups."""
     group_start: GroupStart = "seed"
@@ -91,6 +93,11 @@ class RolloutConfig:
             raise ValueError("a rollout is either `steps` per environment or whole `episodes`: set one, the other None")
         if (self.steps or self.episodes or 0) < 1:
             raise ValueError(f"a rollout needs at least one step or episode, got {self.steps or self.episodes}")
+        if self.row_steps is not None and (self.steps is None or self.row_steps < 1 or self.steps % self.row_steps):
+            raise ValueError(
+                f"rows divide the steps of an update: set rollout.steps to a multiple of "
+                f"rollout.row_steps={self.row_steps}, got {self.steps}"
+            )
         check_choices(self)
         if self.group_size is None:
             return

@@ -70,6 +70,7 @@ def build_experience(run: Run, environments: VectorEnvironment, policy: Policy) 
         episodes=rollout.episodes,
         seed=run.seed,
         truncation=run.environment.truncation,
+        row_steps=rollout.row_steps,
     )
 
 
