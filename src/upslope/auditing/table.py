@@ -17,6 +17,7 @@ from upslope.auditing.cases import (
     language_models,
     masks,
     objectives,
+    off_policy_algorithms,
     preference,
     reductions,
     returns,
@@ -65,6 +66,7 @@ def all_cases() -> Iterator[Case]:
         reductions,
         preference,
         curvature,
+        off_policy_algorithms,
         shaping,
         masks,
     ):
