@@ -100,6 +100,7 @@ CASES: dict[str, Callable[[Inputs], Tensor]] = {
     "n_step_return": lambda x: e.n_step_return(*steps(x), x(1), CUT, steps=5, mask=MASK),
     "negative_log_likelihood": lambda x: e.negative_log_likelihood(negative(x(0))),
     "orpo": lambda x: e.orpo(negative(x(0)), negative(x(1)), beta=0.5),
+    "potential_shaping": lambda x: e.potential_shaping(discount(x(0)), x(1), x(2), CUT, mask=MASK),
     "reward_to_go": lambda x: e.reward_to_go(*steps(x), CUT, bootstrap=x(1), mask=MASK),
     "robust_dpo": lambda x: e.robust_dpo(*pair(x), beta=0.5, label_smoothing=0.1),
     "sampled_entropy": lambda x: e.sampled_entropy(negative(x(0))),

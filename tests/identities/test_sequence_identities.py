@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from upslope.algorithms import (
+    A2C,
     GRPO,
     KTO,
     PPO,
@@ -348,7 +349,7 @@ def test_every_update_of_scores_is_its_formula() -> None:
 
 @pytest.mark.parametrize("name", ["reward k1", "loss k2", "loss exact"])
 def test_every_penalty_per_step_is_its_formula(name: str) -> None:
-    """REINFORCE and PPO on sequences: r_t - beta (b_t - f_t) at each step, or beta k(l - f) in the loss."""
+    """REINFORCE, PPO and A2C on sequences: r_t - beta (b_t - f_t) at each step, or beta k(l - f) in the loss."""
     place, estimator = name.split()
     trajectory = drawn(0)
     rows = rows_of(trajectory)
@@ -357,7 +358,8 @@ def test_every_penalty_per_step_is_its_formula(name: str) -> None:
         gamma=1.0, gae_lambda=1.0, epochs=1, minibatches=1, clip=0.2, normalize_advantage=False, value_coefficient=0.0
     )
     ppo = replace(ppo, reference_kl=kl(place, estimator))
-    plain, proximal_loss = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+    a2c = A2C(gamma=1.0, gae_lambda=1.0, value_coefficient=0.0, reference_kl=kl(place, estimator))
+    plain, proximal_loss, advantage_loss = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     _, following = SETTING.policy.values(trajectory)
     steps = sum(len(row.log_prob) for row in rows)
     for i, row in enumerate(rows):
@@ -370,5 +372,7 @@ def test_every_penalty_per_step_is_its_formula(name: str) -> None:
         closing = following[i][trajectory.mask[i]][-1].detach()
         psi = (ahead + closing - row.value).detach()
         proximal_loss = proximal_loss + (-step_clip(row, psi).sum() + term) / steps
+        advantage_loss = advantage_loss + (-(row.log_prob * psi).sum() + term) / steps
     close(ascent(reinforce, trajectory, 1), downhill(plain))
     close(ascent(ppo, trajectory, 1), downhill(proximal_loss))
+    close(ascent(a2c, trajectory, 1), downhill(advantage_loss))

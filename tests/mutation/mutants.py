@@ -5,7 +5,9 @@ from __future__ import annotations
 from harness import Mutant
 from mutants_algorithms import ALGORITHMS
 from mutants_estimators import ESTIMATORS
+from mutants_masks import MASKS
 from mutants_objectives import OBJECTIVES
 from mutants_sequences import SEQUENCES
+from mutants_shaping import FINE_TUNING
 
-MUTANTS: tuple[Mutant, ...] = (*ESTIMATORS, *OBJECTIVES, *ALGORITHMS, *SEQUENCES)
+MUTANTS: tuple[Mutant, ...] = (*ESTIMATORS, *OBJECTIVES, *ALGORITHMS, *MASKS, *SEQUENCES, *FINE_TUNING)

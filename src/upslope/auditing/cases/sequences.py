@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from upslope.algorithms import GRPO, PPO, RLOO, Algorithm, ReferenceKL, Reinforce
+from upslope.algorithms import A2C, GRPO, PPO, RLOO, Algorithm, ReferenceKL, Reinforce
 from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
 from upslope.auditing.declared import Circumstances
@@ -127,7 +127,8 @@ def _steps_and_critics() -> Iterator[Case]:
                 yield _case(f"{critic.psi}, {words}", critic, problem="tokens")
                 yield _case(f"{critic.psi}, {words}", critic, given=Circumstances(critic="perturbed"))
         proximal = PPO(gamma=1.0, normalize_advantage=False, epochs=1, minibatches=1)
-        yield _case(f"one completion a batch, {words}", replace(proximal, reference_kl=_kl(place, estimator)))
+        for averaged in (proximal, A2C(gamma=1.0)):
+            yield _case(f"one completion a batch, {words}", replace(averaged, reference_kl=_kl(place, estimator)))
 
 
 def _kl(place: Literal["loss", "reward"], estimator: Literal["k1", "k2", "k3", "exact"] | None = None) -> ReferenceKL:
