@@ -1,6 +1,7 @@
 """Problems small enough to enumerate, and what is exactly true of a policy on them."""
 
 from upslope.exact.ascent import Ascent as Ascent
+from upslope.exact.ascent import Direction as Direction
 from upslope.exact.ascent import LocalSearch as LocalSearch
 from upslope.exact.ascent import best_policy as best_policy
 from upslope.exact.ascent import gradient_ascent as gradient_ascent

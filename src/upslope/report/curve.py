@@ -13,6 +13,7 @@ import numpy as np
 from upslope.errors import UsageError
 from upslope.report.compare import BEHIND, Comparison, Group, RunCurve, compare, describe_metric
 from upslope.report.language import evaluations, part_of_accuracy
+from upslope.report.optimum import best_return
 from upslope.report.style import COLOURS, STYLE, need_matplotlib
 
 _FORMATS = (".png", ".svg", ".pdf")
@@ -32,7 +33,8 @@ def learning_curve(
 def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Path:
     """Draw one line per group: the interquartile mean over seeds, its 95 % interval, and the single runs thinly.
 
-    One run alone gets what training measured behind its evaluations.
+    One run alone gets what training measured behind its evaluations. Runs on one named problem get a line at the return
+    of its best policy.
 
     Args:
         comparison: what to draw.
@@ -49,10 +51,13 @@ def draw(comparison: Comparison, path: Path, *, title: str | None = None) -> Pat
     with _picture(path, rows=1) as (figure, panels):
         axes = panels[0]
         for index, group in enumerate(comparison.groups):
-            _draw_group(axes, group, COLOURS[index % len(COLOURS)])
+            draw_group(axes, group, COLOURS[index % len(COLOURS)])
         runs = [run for group in comparison.groups for run in group.runs]
         if len(runs) == 1 and len(runs[0].training_steps):
             _draw_training(axes, runs[0], COLOURS[0], describe_metric(BEHIND[comparison.metric]))
+        best = best_return([run.settings for run in runs], comparison.metric)
+        if best is not None:
+            axes.axhline(best, color="black", linestyle="--", linewidth=1.2, label="the best policy, exactly")
         axes.set_xlabel("updates" if comparison.speaks else "environment steps")
         axes.set_ylabel(describe_metric(comparison.metric))
         if title is not None:
@@ -89,7 +94,7 @@ def draw_language(directories: Sequence[Path], path: Path, *, title: str | None 
         for axes, curves in zip(panels, (shares, lengths), strict=True):
             for label, group in curves:
                 colour = next(colours)
-                _draw_group(axes, group, colour, label=label)
+                draw_group(axes, group, colour, label=label)
                 if len(group.runs) == 1 and len(group.runs[0].training_steps):
                     _draw_training(axes, group.runs[0], colour, None)
         panels[0].set_ylabel("share")
@@ -113,11 +118,20 @@ def _metrics(directories: Sequence[Path]) -> list[str]:
     return ["greedy_accuracy", "sampled_accuracy", *parts, "sampled_length"]
 
 
+def check_format(path: Path) -> None:
+    """Refuse a picture of a kind that is not drawn.
+
+    Raises:
+        UsageError: another ending than .png, .svg or .pdf.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise UsageError(f"a picture ends in {', '.join(_FORMATS)}, got {path.name!r}")
+
+
 @contextmanager
 def _picture(path: Path, *, rows: int) -> Iterator[tuple[Any, list[Any]]]:
     """A figure and its axes, one below the other; saved in the end."""
-    if path.suffix.lower() not in _FORMATS:
-        raise UsageError(f"a picture ends in {', '.join(_FORMATS)}, got {path.name!r}")
+    check_format(path)
     need_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -153,8 +167,15 @@ def _place_legend(figure: Any, panels: Sequence[Any]) -> None:
     figure.legend(lines, labels, loc="outside lower left", ncols=columns)
 
 
-def _draw_group(axes: Any, group: Group, colour: str, *, label: str | None = None) -> None:
-    """One group: its mean in bold, its interval as a band, its runs as thin lines."""
+def draw_group(axes: Any, group: Group, colour: str, *, label: str | None = None) -> None:
+    """One group: its mean in bold, its interval as a band, its runs as thin lines.
+
+    Args:
+        axes: of matplotlib.
+        group: of runs.
+        colour: of all of it.
+        label: in the legend; that of the group if None.
+    """
     single = len(group.runs) == 1
     name = group.label if label is None else label
     name = name if single else f"{name}, {len(group.runs)} seeds"

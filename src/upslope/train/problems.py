@@ -9,7 +9,8 @@ from upslope.errors import UsageError
 from upslope.exact.problems import problem
 from upslope.train.config import Run
 
-_PREFIX = "problem/"
+PROBLEM_PREFIX = "problem/"
+"""Before the name of a problem it is the id of an environment."""
 
 
 def named_problem(config: EnvironmentConfig) -> FiniteFactory | None:
@@ -18,13 +19,13 @@ def named_problem(config: EnvironmentConfig) -> FiniteFactory | None:
     Raises:
         UsageError: if there is no problem of that name, or images are asked of it.
     """
-    if not config.id.startswith(_PREFIX):
+    if not config.id.startswith(PROBLEM_PREFIX):
         return None
     if config.preprocessing != "none" or config.kwargs:
         raise UsageError(
             f"{config.id} is made of tables: it takes no environment.kwargs, and its preprocessing is 'none'"
         )
-    found = problem(config.id.removeprefix(_PREFIX))
+    found = problem(config.id.removeprefix(PROBLEM_PREFIX))
     own = None if config.continuing else found.limit
     return FiniteFactory(found.mdp, own if config.time_limit is None else config.time_limit)
 
