@@ -18,10 +18,10 @@ from upslope.auditing.declared import Circumstances, declaration, in_words, unit
 from upslope.auditing.moments import Moments, exact_moments, sampled_moments
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import Audited, Behaviour, Critic, FiniteSetting, Setting, Unit
-from upslope.auditing.source import AlgorithmSource, Source
+from upslope.auditing.source import AlgorithmSource, Source, TraceSource
 from upslope.auditing.tokens import Network, TokenSetting
 from upslope.errors import UsageError, checking_usage
-from upslope.exact import PROBLEMS, TOKEN_PROBLEMS, FiniteMDP, NamedProblem, StatePolicy, TabularPolicy, TokenMDP
+from upslope.exact import PROBLEMS, TOKEN_PROBLEMS, FiniteMDP, NamedProblem, StatePolicy, TabularPolicy, TokenMDP, solve
 from upslope.exact import problem as named_problem
 from upslope.trajectory import Trajectory
 
@@ -208,7 +208,7 @@ def audit(
         )
     else:
         _check_on_states(algorithm, size, groups, network)
-        named = _named(problem)
+        named = _named(problem, average_reward=target.gradient == "average_reward")
         looking, given = _policy(named, policy, algorithm, given, asked=circumstances is not None, seed=seed)
         setting, given = _on_states(algorithm, named, looking, given, rows, row_steps)
     declared, reason = declaration(target, given)
@@ -219,9 +219,7 @@ def audit(
         exact = setting.exact_gradient(target)
     return report(
         setting,
-        AlgorithmSource(
-            algorithm, seed=seed, reference=setting.reference if isinstance(setting, TokenSetting) else None
-        ),
+        _source(algorithm, setting, seed),
         subject=type(algorithm).__name__,
         target=exact,
         target_name=in_words(target),
@@ -231,6 +229,19 @@ def audit(
         seed=seed,
         progress=progress,
     )
+
+
+def _source(algorithm: Algorithm, setting: TokenSetting | FiniteSetting[Audited], seed: int) -> Source:
+    """The code that trains, with the true average reward where the algorithm carries one."""
+    state, reference = algorithm.initial_state(), None
+    if isinstance(setting, TokenSetting):
+        reference = setting.reference
+    elif algorithm.target.gradient == "average_reward":
+        with torch.no_grad():
+            state = {**state, "average_reward": float(solve(setting.mdp, setting.policy).objective)}
+    if algorithm.passes.traces is not None:
+        return TraceSource(algorithm, state=state)
+    return AlgorithmSource(algorithm, seed=seed, reference=reference, state=state)
 
 
 def _checked_algorithm(algorithm: Any) -> Algorithm:
@@ -254,6 +265,11 @@ def _checked_algorithm(algorithm: Any) -> Algorithm:
         raise UsageError(
             f"{type(algorithm).__name__} learns from given data and follows no gradient of a return: its rows in the "
             "verification table hold it against the gradient of its own loss"
+        )
+    if found.target.gradient == "prediction":
+        raise UsageError(
+            f"{type(algorithm).__name__} learns values and leaves the policy as it is: its rows in the verification "
+            "table hold the critic's update against the exact one"
         )
     if not 0.0 <= found.gamma <= 1.0:
         raise UsageError(f"gamma is a discount from 0 to 1, got {found.gamma}: set the algorithm's gamma within that")
@@ -328,7 +344,7 @@ def _check_on_states(algorithm: Algorithm, size: int | None, groups: int, networ
         raise UsageError(f"network says what completes prompts: leave it out, or audit on {', '.join(TOKEN_PROBLEMS)}")
 
 
-def _named(problem: object) -> NamedProblem:
+def _named(problem: object, *, average_reward: bool = False) -> NamedProblem:
     if isinstance(problem, str) and problem in PROBLEMS:
         named = named_problem(problem)
     elif isinstance(problem, NamedProblem):
@@ -341,8 +357,14 @@ def _named(problem: object) -> NamedProblem:
             f"there is {what}; there are: {', '.join((*PROBLEMS, *TOKEN_PROBLEMS))}, and any "
             "FiniteMDP, NamedProblem or TokenMDP"
         )
-    if named.mdp.kind == "continuing":
+    if named.mdp.kind == "continuing" and not average_reward:
         raise UsageError(f"{named.name} goes on without end, and this algorithm follows no average reward")
+    if named.mdp.kind != "continuing" and average_reward:
+        endless = [name for name in PROBLEMS if named_problem(name).mdp.kind == "continuing"]
+        raise UsageError(
+            f"this algorithm follows the average reward of a task without end, and {named.name} has ends: audit it on "
+            f"{', '.join(endless)}"
+        )
     return named
 
 

@@ -123,4 +123,6 @@ def put_to_the_test(target: Target, *, limit: int) -> Iterator[Circumstances]:
 
 def unit_of(algorithm: Algorithm) -> Unit:
     """What rows the algorithm learns from."""
-    return "episodes" if algorithm.passes.whole_episodes else "fragments"
+    passes = algorithm.passes
+    whole = passes.traces is not None and algorithm.target.gradient != "average_reward"
+    return "episodes" if passes.whole_episodes or whole else "fragments"

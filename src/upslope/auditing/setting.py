@@ -219,6 +219,8 @@ class FiniteSetting(Generic[_Audited]):
     @property
     def mean_length(self) -> float:
         """Mean steps of an episode of the acting policy, as the environment cuts it."""
+        if self.mdp.kind == "continuing":
+            return math.inf
         return float(state_time_occupancy(self.mdp, self.behaviour, limit=self.limit).sum())
 
     @property
@@ -229,7 +231,7 @@ class FiniteSetting(Generic[_Audited]):
     @property
     def trajectories_per_row(self) -> float:
         """Mean trajectories in a row."""
-        return self.steps_per_row / self.mean_length
+        return 1.0 if self.mdp.kind == "continuing" else self.steps_per_row / self.mean_length
 
     def every(self) -> Iterator[tuple[float, Trajectory]]:
         """Each batch of one row there is, with its probability."""
