@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.ratios import importance_weight, step_average
-from upslope.estimators import vtrace
+from upslope.estimators import VTrace, vtrace
 from upslope.trajectory import Batch, Signal, Trajectory
 
 
@@ -107,8 +107,7 @@ class StaleData:
             trace_decay=trace_decay,
             mask=trajectory.partial_mask,
         )
-        smallest = torch.finfo(found.rho.dtype).tiny
-        return Signal(advantage=found.advantage / found.rho.clamp(min=smallest), value_target=found.value_target)
+        return Signal(advantage=unweighted_advantage(found), value_target=found.value_target)
 
     def ratio_in_words(self) -> str:
         """The ratio and its correction."""
@@ -121,3 +120,8 @@ class StaleData:
         """The advantage."""
         name = "V-trace" if self.corrects_advantage else "GAE"
         return f"{name}(gamma={gamma}, lambda={gae_lambda})"
+
+
+def unweighted_advantage(found: VTrace) -> Tensor:
+    """r_t + g_t v_{t+1} - V_t [B, T]: the advantage of V-trace without its weight rho_t; 0 where nothing was chosen."""
+    return found.advantage / found.rho.clamp(min=torch.finfo(found.rho.dtype).tiny)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upslope.algorithms.actor_critic import score_and_value_loss
 from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled, scheduled_in_words
+from upslope.algorithms.stale import unweighted_advantage
 from upslope.estimators import standardise, step_mean, vtrace
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
@@ -35,7 +36,8 @@ class VTraceActorCritic:
     c_bar: float = 1.0
     """Largest weight by which a correction is carried back to the step before."""
     normalize_advantage: bool = False
-    """Standardise advantages over the batch."""
+    """Standardise advantages over the batch, before they are weighted by rho: a mean that is subtracted afterwards would
+    push the policy away from the one that acted, or towards it."""
     value_coefficient: float = 1.0
     """Multiplier of 0.5 (V - v)^2."""
     entropy_coefficient: float = 0.0
@@ -95,12 +97,14 @@ class VTraceActorCritic:
             mask=trajectory.partial_mask,
         )
         metrics = {"importance_weight": found.rho[trajectory.mask].mean()}
-        return Signal(advantage=found.advantage, value_target=found.value_target, metrics=metrics)
+        advantage = found.advantage
+        if self.normalize_advantage:
+            advantage = found.rho * standardise(unweighted_advantage(found), trajectory.mask)
+        return Signal(advantage=advantage, value_target=found.value_target, metrics=metrics)
 
     def prepare(self, batch: Batch) -> Batch:
         """Every step counts the same."""
-        advantage = standardise(batch.advantage, batch.mask) if self.normalize_advantage else batch.advantage
-        return replace(batch, advantage=advantage, weight=step_mean(batch.mask, dtype=batch.advantage.dtype))
+        return replace(batch, weight=step_mean(batch.mask, dtype=batch.advantage.dtype))
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """Score function, value error, entropy bonus."""
@@ -116,7 +120,7 @@ class VTraceActorCritic:
         return {
             "Psi": f"V-trace(gamma={self.gamma}, lambda={self.gae_lambda})",
             "state weights": "gamma^t dropped; states as who acted visits them",
-            "advantage scale": "standardised over the batch" if self.normalize_advantage else "none",
+            "advantage scale": "standardised over the batch, then weighted" if self.normalize_advantage else "none",
             "ratio": f"per step, exp(l - behaviour), truncated at rho_bar={self.rho_bar} and c_bar={self.c_bar}; "
             "l: the learner before the update",
             "value error": f"{self.value_coefficient} x 0.5 (V - v)^2; target = v of V-trace",
