@@ -246,6 +246,17 @@ def _plain_gradients(
     return tuple(next(found) if needed and x is not None else None for x, needed in zip(inputs, wanted, strict=True))
 
 
+def _kl_twice(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass of a KL divergence in plain operations, itself differentiable."""
+    hidden, weight, bias, other_hidden, other_weight, other_bias, _ = ctx.saved_tensors
+    head, other = ctx.heads
+    log_p = replace(head, weight=weight, bias=bias).log_policy(hidden, None)
+    log_q = replace(other, weight=other_weight, bias=other_bias).log_policy(other_hidden, None)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    inputs = (hidden, weight, bias, other_hidden, other_weight, other_bias)
+    return (*_plain_gradients(inputs, [(divergence, gradient)], ctx.needs_input_grad[:6]), None, None)
+
+
 class _KL(Function):
     @staticmethod
     def forward(
@@ -275,7 +286,7 @@ class _KL(Function):
         head, other_head = ctx.heads
         given, wanted = gradients[0], ctx.needs_input_grad
         if torch.is_grad_enabled():
-            raise NotImplementedError("an exact KL divergence over tokens can be differentiated once")
+            return _kl_twice(ctx, given)
         p, q = _cast(head), _cast(other_head)
         mine = _Gradients(hidden, head, wanted[:3])
         theirs = _Gradients(other_hidden, other_head, wanted[3:6])
