@@ -28,7 +28,15 @@ from upslope.exact._named import random_table
 from upslope.policies import ActorCritic, ActorCriticConfig, HeadDistribution
 from upslope.policies.sampler import ActorSampler
 from upslope.spaces import ACTION_MASK, OBSERVATION, ActionMask, Composite, Discrete
-from upslope.trajectory import Evaluation, Observation, ObservationArrays, Steps, Trajectory, map_observation
+from upslope.trajectory import (
+    Evaluation,
+    Memoryless,
+    Observation,
+    ObservationArrays,
+    Steps,
+    Trajectory,
+    map_observation,
+)
 
 _GAMMA, _SAMPLES = 0.8, 20_000
 _STATES, _ACTIONS = 6, 3
@@ -103,12 +111,11 @@ class MaskedStates(nn.Module):
         return value, trajectory.next_value(value, self.value[trajectory.final_observation])
 
 
-@dataclass(frozen=True, slots=True)
-class MaskedSampler:
+class MaskedSampler(Memoryless):
     """The sampler of a `MaskedStates`."""
 
-    inner: ActorSampler
-    valid: np.ndarray
+    def __init__(self, inner: ActorSampler, valid: np.ndarray) -> None:
+        self.inner, self.valid = inner, valid
 
     def noise(self, generator: np.random.Generator, steps: int, environments: int) -> np.ndarray:
         """The inner sampler's."""
