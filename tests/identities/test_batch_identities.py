@@ -23,11 +23,14 @@ from upslope.algorithms import (
     RLOO,
     SFT,
     Algorithm,
+    ImportanceSampled,
     Now,
     OneStepActorCritic,
     Preference,
     Reinforce,
     RewardModel,
+    StaleData,
+    VTraceActorCritic,
 )
 from upslope.estimators import (
     fixed_length,
@@ -62,6 +65,13 @@ ALGORITHMS: dict[str, Algorithm] = {
     "a2c standardised": A2C(normalize_advantage=True),
     "ppo": PPO(epochs=2, minibatches=2, value_clip=0.1, entropy_coefficient=0.01),
     "ppo one minibatch": PPO(epochs=2, minibatches=1, normalize_advantage=False, dual_clip=3.0),
+    "ppo decoupled": PPO(
+        epochs=2, minibatches=1, stale=StaleData(anchor="proximal", importance_cap=1.2, advantage="vtrace")
+    ),
+    "v-trace": VTraceActorCritic(gae_lambda=0.8, entropy_coefficient=0.01),
+    "v-trace standardised": VTraceActorCritic(normalize_advantage=True),
+    "importance sampled": ImportanceSampled(baseline="critic", discounted_states=True, entropy_coefficient=0.01),
+    "importance sampled by episode": ImportanceSampled(weights="trajectory", cap=1.1, self_normalised=True),
     "ppo kl": PPO(epochs=1, minibatches=2, clip=None, kl_coefficient=0.3, recompute_advantage=True),
 }
 ON_SEQUENCES = {GRPO, RLOO, SFT, Preference, KTO, RewardModel}
