@@ -47,8 +47,9 @@ def act(arguments: Sequence[str]) -> int:
     command = parse(Solve, arguments, program="upslope solve")
     from upslope.report.optimum import solve_problem
     from upslope.report.solve import draw_solved, learner_curves, learner_in_words, solved_in_words, solved_tree
+    from upslope.train.prepare import threads
 
-    with checking_usage():
+    with checking_usage(), threads(1):
         solved = solve_problem(
             command.problem.removeprefix("problem/"),
             iterations=command.iterations,
