@@ -21,6 +21,7 @@ from upslope.collect.autoreset import GymnasiumVector
 from upslope.collect.errors import UnknownEnvironmentError
 from upslope.collect.finite import FiniteFactory
 from upslope.collect.masks import MaskSource, mask_environment, mask_of, mask_vector_environment
+from upslope.collect.partial import keep_entries
 from upslope.collect.resume import resume_problem
 from upslope.collect.rollout import Truncation
 from upslope.collect.vector import Factory, Resume, SyncEnvironments, VectorEnvironment
@@ -62,6 +63,8 @@ class EnvironmentConfig:
     (action_mask). The policy then takes valid actions alone."""
     action_mask_name: str | None = None
     """What the mask is called there; None for action_mask, or for action_masks if it is a method."""
+    observation_entries: tuple[int, ...] | None = None
+    """Which entries of an observation that is a vector the policy sees, say 0 2 for CartPole's positions; None: all."""
     truncation: Truncation = "bootstrap"
     """What a time limit means. as_termination counts it as death, which is wrong: it is there to be compared."""
     deadline: float = 60.0
@@ -80,6 +83,11 @@ class EnvironmentConfig:
             raise ValueError(
                 "environment.continuing takes time limits away, which environment.time_limit and Atari's preprocessing "
                 "put there: leave one of them out"
+            )
+        entries = self.observation_entries
+        if entries is not None and (not entries or min(entries) < 0 or len(set(entries)) != len(entries)):
+            raise ValueError(
+                f"environment.observation_entries are different entries from 0 on, at least one; got {entries}"
             )
         if not self.deadline > 0.0:
             raise ValueError(f"environment.deadline is a positive number of seconds, got {self.deadline}")
@@ -182,6 +190,11 @@ def make_environments(
         config = resolve_environments(config if thing is None else thing, config, seed=seed, purpose=purpose).config
     resume: Resume = "snapshot" if config.resume == "snapshot" else "rebuild"
     if isinstance(thing, VectorEnv):
+        if config.observation_entries is not None:
+            raise ValueError(
+                "environment.observation_entries is kept of single environments: pass a function that makes one, or "
+                "take entries out in the vector environment itself"
+            )
         masked = mask_vector_environment(thing, config.action_mask, config.action_mask_name)
         return GymnasiumVector(masked, resume=resume)
     if isinstance(thing, gymnasium.Env):
@@ -226,7 +239,8 @@ def _factory(
     config: EnvironmentConfig, source: gymnasium.Env[Any, Any] | Factory | None, render_mode: str | None
 ) -> Factory:
     def make() -> gymnasium.Env[Any, Any]:
-        return mask_environment(bare(), config.action_mask, config.action_mask_name)
+        shown = keep_entries(bare(), config.observation_entries)
+        return mask_environment(shown, config.action_mask, config.action_mask_name)
 
     def bare() -> gymnasium.Env[Any, Any]:
         if source is None:
@@ -285,7 +299,8 @@ def _explained(name: str, make: Callable[[], Any]) -> Any:
 
 
 def _native(config: EnvironmentConfig, source: Factory | None, resume: Resume) -> VectorEnvironment:
-    if isinstance(source, FiniteFactory) and config.preprocessing == "none" and config.action_mask == "none":
+    plain = config.preprocessing == "none" and config.action_mask == "none" and config.observation_entries is None
+    if isinstance(source, FiniteFactory) and plain:
         return source.together(config.count, resume=resume)
     if source is not None or not has_native(config):
         raise ValueError(
@@ -316,7 +331,8 @@ def has_native(config: EnvironmentConfig) -> bool:
     """Whether the environment brings its own vectorisation and nothing is to be wrapped around single ones."""
     specification = gymnasium.registry.get(config.id)
     own = specification is not None and specification.vector_entry_point is not None
-    return own and config.preprocessing == "none" and not config.continuing
+    whole = config.preprocessing == "none" and config.observation_entries is None
+    return own and whole and not config.continuing
 
 
 def _resume_problem(config: EnvironmentConfig, source: _Object | None, seed: int) -> str | None:

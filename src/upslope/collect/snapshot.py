@@ -47,6 +47,7 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "dealer_top_card_value_str",
     ),
     "upslope.collect.finite:FiniteEnvironment": ("state", "elapsed"),
+    "upslope.collect.partial:KeptEntries": (),
     "gymnasium.wrappers.common:TimeLimit": ("_elapsed_steps",),
     "gymnasium.wrappers.common:OrderEnforcing": ("_has_reset",),
     "gymnasium.wrappers.common:PassiveEnvChecker": ("checked_reset", "checked_step"),
