@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from upslope.algorithms import PPO, Algorithm, ImportanceSampled, StaleData, VTraceActorCritic
+from upslope.algorithms import PPO, Algorithm, ImportanceSampled, Now, StaleData, VTraceActorCritic
 from upslope.auditing.audit import audit, report
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.stage import GRAD_J, Found, Stage, by_loop, identity, row, row_gradients, stage
@@ -159,6 +159,8 @@ def _importance_sampled() -> Iterator[Case]:
         for circumstances in put_to_the_test(algorithm.target, limit=_LIMIT):
             yield _case(words, algorithm, circumstances)
         yield _case(words, algorithm, stale)
+    limited = replace(stale, critic="exact", limit=_LIMIT)
+    yield _case("per_decision, critic as baseline", ImportanceSampled(gamma=_GAMMA, baseline="critic"), limited)
     capped = ImportanceSampled(gamma=_GAMMA, cap=1.1)
     yield _case("per_decision, cap 1.1", capped, Circumstances())
     yield _case("per_decision, cap 1.1", capped, stale)
@@ -217,6 +219,7 @@ def _stale_ppo() -> Iterator[Case]:
     yield _case("decoupled, V-trace", decoupled, Circumstances())
     yield _case("decoupled, V-trace, lambda 1", replace(decoupled, gae_lambda=1.0), Circumstances())
     yield _followed("decoupled, V-trace, lambda 0", decoupled, "what follows a step is weighted with truncation at 1")
+    yield row("PPO", "advantages of V-trace; fragments of another policy: the loop", _vtrace_by_loop)
     one_step = replace(decoupled, stale=replace(decoupled.stale, advantage="gae"))
     yield _followed("decoupled, TD residual", one_step)
     capped = replace(one_step, stale=replace(one_step.stale, importance_cap=1.05))
@@ -227,6 +230,21 @@ def _stale_ppo() -> Iterator[Case]:
     yield _followed("clipped at 0.05 around who acted", replace(_PLAIN, clip=0.05), "the clip is felt at once")
     traced = replace(one_step, gae_lambda=1.0)
     yield _followed("decoupled, GAE, lambda 1", traced, "what follows a step is who acted's doing")
+
+
+def _vtrace_by_loop() -> Found:
+    """r_t + g_t v_{t+1} - V_t, where v_t = V_t + rho_t delta_t + g_t k_t (v_{t+1} - V_{t+1}), both truncated at 1."""
+    on = stage(unit="fragments", critic="perturbed", behaviour="stale", limit=2)
+    stale = StaleData(anchor="proximal", advantage="vtrace")
+    trajectory = replace(on.trajectory, proximal_log_prob=on.log_prob.detach())
+    algorithm = replace(_PLAIN, gamma=on.gamma, gae_lambda=0.7, stale=stale)
+    found = algorithm.advantage(trajectory, on.value, on.next_value, Now()).advantage
+    ratio = (on.log_prob.detach() - on.behaviour_log_prob).exp().clamp(max=1.0)
+    residual = on.reward + on.discount * on.next_value - on.value
+    target = on.value + by_loop(ratio * residual, on.discount * 0.7 * ratio * ~on.cut)
+    following = torch.where(on.cut, on.next_value, target.roll(-1, -1))
+    expected = on.reward + on.discount * following - on.value
+    return identity(found, expected, problem=on.name, target_name="r + g v' - V of every step")
 
 
 def _followed(words: str, algorithm: Algorithm, reason: str = "") -> Case:
