@@ -1,7 +1,7 @@
 """Trajectories in a file: a safetensors file whose metadata say, as JSON, what its tensors are. No code is run.
 
 The tensors are the fields of a `Trajectory`, those of named observations as `observation/NAME`. The JSON holds format
-and version, the spaces, the version of the policy, what the recorder said about it, and the SHA-256 of the tensors.
+and version, the spaces, the version of the policy, what the recorder said about it, and the SHA-256 of all that.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ def write_recording(recording: Recording, path: Path) -> None:
         observation_space=space_to_tree(recording.observation_space),
         action_space=space_to_tree(recording.action_space),
         about=dict(recording.about),
-        sha256=_checksum(tensors),
+        sha256="",
     )
+    header = replace(header, sha256=_checksum(header, tensors))
     raw = safetensors.torch.save(tensors, metadata={"format": "pt", _KEY: json.dumps(asdict(header))})
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
@@ -125,8 +126,8 @@ def read_recording(path: Path) -> Recording:
         tensors = safetensors.torch.load(raw)
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
         raise _damaged(path, str(error)) from error
-    if _checksum(tensors) != header.sha256:
-        raise _damaged(path, "its tensors are not those it was written with (the SHA-256 differs)")
+    if _checksum(header, tensors) != header.sha256:
+        raise _damaged(path, "it does not hold what it was written with (the SHA-256 differs)")
     try:
         observation_space = saved_space(header.observation_space, "observation_space", _LARGEST)
         action_space = saved_space(header.action_space, "action_space", _LARGEST)
@@ -189,9 +190,9 @@ def _tensors(trajectory: Trajectory) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    digest = hashlib.sha256()
+def _checksum(header: _Header, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what the header says and of the tensors' names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(asdict(replace(header, sha256=""))).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
