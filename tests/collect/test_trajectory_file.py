@@ -51,7 +51,7 @@ def recorded(kind: str = "vector") -> Recording:
 
 def same(one: object, other: object) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(same(one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
     return one == other
@@ -78,6 +78,8 @@ def test_every_field_comes_back(kind, full, tmp_path):
     found = read_recording(tmp_path / "walk.safetensors")
     for entry in fields(trajectory):
         assert same(getattr(found.trajectory, entry.name), getattr(trajectory, entry.name)), entry.name
+    if isinstance(trajectory.observation, dict):
+        assert list(found.trajectory.observation) == list(trajectory.observation)
     assert (found.observation_space, found.action_space) == (recording.observation_space, recording.action_space)
     assert found.about == {"environment": "a walk"}
     assert [path.name for path in tmp_path.iterdir()] == ["walk.safetensors"]
