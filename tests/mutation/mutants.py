@@ -7,7 +7,8 @@ from mutants_algorithms import ALGORITHMS
 from mutants_estimators import ESTIMATORS
 from mutants_masks import MASKS
 from mutants_objectives import OBJECTIVES
+from mutants_off_policy import OFF_POLICY
 from mutants_sequences import SEQUENCES
 from mutants_shaping import FINE_TUNING
 
-MUTANTS: tuple[Mutant, ...] = (*ESTIMATORS, *OBJECTIVES, *ALGORITHMS, *MASKS, *SEQUENCES, *FINE_TUNING)
+MUTANTS: tuple[Mutant, ...] = (*ESTIMATORS, *OBJECTIVES, *ALGORITHMS, *MASKS, *OFF_POLICY, *SEQUENCES, *FINE_TUNING)
