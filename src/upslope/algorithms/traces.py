@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from upslope.algorithms.actor_critic import score_and_value_loss
@@ -157,18 +158,19 @@ class ActorCriticLambda:
         return {"average_reward": 0.0} if self.continuing else {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
-        """Forward view: I_t times GAE(lambda_theta), and the lambda_w-return."""
+        """Forward view: I_t times GAE(lambda_theta), and the lambda_w-return; r_bar stays where it is."""
         assert value is not None
         assert next_value is not None
-        reward = trajectory.reward
+        reward, metrics = trajectory.reward, dict[str, Tensor]()
         if self.continuing:
             refuse_ends(trajectory)
+            metrics["average_reward"] = torch.tensor(now.state["average_reward"], dtype=torch.float64)
             reward = reward - now.state["average_reward"]
         psi = _ahead(trajectory, reward, value, next_value, self.gamma, self.actor_trace_decay)
         if self.discounted_states:
             psi = psi * discount_weight(trajectory.time, self.gamma, dtype=psi.dtype)
         ahead = _ahead(trajectory, reward, value, next_value, self.gamma, self.critic_trace_decay)
-        return Signal(advantage=psi, value_target=ahead + value)
+        return Signal(advantage=psi, value_target=ahead + value, metrics=metrics)
 
     def prepare(self, batch: Batch) -> Batch:
         """Each trajectory's sum counts the same; without trajectories, each step."""

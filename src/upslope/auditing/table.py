@@ -11,11 +11,13 @@ import upslope.estimators as estimators
 from upslope.algorithms import Algorithm
 from upslope.auditing.cases import (
     advantages,
+    continuing,
     curvature,
     divergences,
     given_data,
     language_models,
     masks,
+    natural_gradient,
     objectives,
     off_policy_algorithms,
     preference,
@@ -23,6 +25,7 @@ from upslope.auditing.cases import (
     returns,
     sequences,
     shaping,
+    traces,
 )
 from upslope.auditing.cases import algorithms as algorithm_cases
 from upslope.auditing.cases.case import Case
@@ -56,6 +59,8 @@ def all_cases() -> Iterator[Case]:
     """Every row, algorithms first."""
     for room in (
         algorithm_cases,
+        traces,
+        continuing,
         sequences,
         language_models,
         given_data,
@@ -65,6 +70,7 @@ def all_cases() -> Iterator[Case]:
         divergences,
         reductions,
         preference,
+        natural_gradient,
         curvature,
         off_policy_algorithms,
         shaping,

@@ -1,0 +1,86 @@
+"""The rows of average-reward algorithms, on problems without end, against grad r_bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from upslope.algorithms import A2C, PPO, AverageReward, OneStepActorCritic
+from upslope.auditing.audit import audit, report
+from upslope.auditing.cases.case import Case
+from upslope.auditing.declared import Circumstances, in_words, put_to_the_test
+from upslope.auditing.report import AuditReport
+from upslope.auditing.setting import FiniteSetting
+from upslope.auditing.source import AlgorithmSource
+from upslope.exact import problem, solve
+from upslope.policies import ActorCritic, ActorCriticConfig
+from upslope.spaces import Discrete
+
+_ROW_STEPS, _SAMPLES = 3, 8_000
+_PPO = PPO(gamma=1.0, normalize_advantage=False, epochs=1, minibatches=1)
+
+
+def variants() -> Iterator[tuple[str, AverageReward]]:
+    """Every method, with the choices that change its estimator."""
+    yield "one-step actor-critic", AverageReward(method=OneStepActorCritic(gamma=1.0))
+    for gae_lambda in (0.5, 1.0):
+        yield f"A2C, lambda {gae_lambda}", AverageReward(method=A2C(gamma=1.0, gae_lambda=gae_lambda))
+        yield f"PPO, lambda {gae_lambda}", AverageReward(method=replace(_PPO, gae_lambda=gae_lambda))
+
+
+def cases() -> Iterator[Case]:
+    """All rows of average rewards."""
+    for words, algorithm in variants():
+        for circumstances in put_to_the_test(algorithm.target, limit=2):
+            if circumstances.limit is None:
+                yield _case(words, algorithm, "ring", circumstances)
+        yield _case(words, algorithm, "two-state-continuing", Circumstances())
+        yield _off(words, algorithm)
+    one_pass = AverageReward(method=_PPO)
+    yield _case("PPO, sampled", one_pass, "ring", Circumstances(), samples=_SAMPLES)
+    yield _case("PPO, sampled", one_pass, "access-control", Circumstances(), samples=_SAMPLES)
+    yield _case("as it comes", AverageReward(), "ring", Circumstances(), samples=_SAMPLES)
+    own = Circumstances(critic="perturbed")
+    yield _case("A2C, lambda 1.0, a network", AverageReward(method=A2C(gamma=1.0)), "ring", own, policy=_network())
+
+
+def _network() -> ActorCritic:
+    config = ActorCriticConfig(hidden=(8,), policy_gain=1.0)
+    return ActorCritic(Discrete(5), Discrete(2), config, generator=torch.Generator().manual_seed(0)).double()
+
+
+def _case(
+    words: str,
+    algorithm: AverageReward,
+    on: str,
+    circumstances: Circumstances,
+    *,
+    samples: int | None = None,
+    policy: ActorCritic | None = None,
+) -> Case:
+    run = partial(
+        audit, algorithm, on, circumstances=circumstances, samples=samples, policy=policy, row_steps=_ROW_STEPS
+    )
+    return Case(subject="AverageReward", setting=f"{words}; {circumstances}", run=run)
+
+
+def _off(words: str, algorithm: AverageReward) -> Case:
+    """r_bar is the same at every step: a baseline, whose error moves the critic and not the actor."""
+
+    def run() -> AuditReport:
+        setting = FiniteSetting.build(problem("ring"), gamma=1.0, unit="fragments", row_steps=_ROW_STEPS)
+        with torch.no_grad():
+            average = float(solve(setting.mdp, setting.policy).objective)
+        return report(
+            setting,
+            AlgorithmSource(algorithm, state={"average_reward": average + 0.3}),
+            subject="AverageReward",
+            target=setting.exact_gradient(algorithm.target),
+            target_name=in_words(algorithm.target),
+            declared="unbiased",
+        )
+
+    return Case(subject="AverageReward", setting=f"{words}; r_bar off by 0.3: a baseline", run=run)
