@@ -1,6 +1,7 @@
 """The command line: find the command that was asked for, run it, and say plainly what was wrong with the input.
 
-Exit codes: 0 done, 1 an audit that is not as declared, 75 interrupted and saved, 2 for input that cannot be used.
+Exit codes: 0 done, 1 an audit that is not as declared or a seed that failed, 75 interrupted and saved, 2 for input that
+cannot be used.
 """
 
 from __future__ import annotations
@@ -103,9 +104,21 @@ class _Command:
 
 _COMMANDS = {
     "train": _Command(
-        takes="RECIPE... [--setting value ...]", purpose="train a recipe, or several in turn", file="train"
+        takes="RECIPE... [--setting value ...] [--seeds N]",
+        purpose="train a recipe, or several in turn, from one seed or from several at once",
+        file="train",
     ),
     "recipes": _Command(takes="", purpose="list the built-in recipes", file="recipes"),
+    "tune": _Command(
+        takes="RECIPE [--search setting=low..high ...] [--trials N]",
+        purpose="search for better settings of a recipe",
+        file="tune",
+    ),
+    "solve": _Command(
+        takes="PROBLEM [--plot FILE] [--against RUN ...]",
+        purpose="the best policy of a named problem, exactly, and the way there",
+        file="solve",
+    ),
     "describe": _Command(
         takes="RECIPE|RUN|ALGORITHM [--against B]",
         purpose="show the exact estimator and every setting, or where two estimators differ",
@@ -114,6 +127,9 @@ _COMMANDS = {
     "resume": _Command(takes="RUN [--steps N]", purpose="go on with a run", file="resume"),
     "evaluate": _Command(
         takes="RUN [--episodes N | --prompts N --samples K]", purpose="judge the policy of a run", file="evaluate"
+    ),
+    "record": _Command(
+        takes="RUN --out FILE [--episodes N]", purpose="record episodes of an agent into a file", file="record"
     ),
     "sample": _Command(takes='RUN --prompt "..." [-n N]', purpose="complete a prompt with a policy", file="sample"),
     "compare": _Command(takes="RUN... [--out PICTURE]", purpose="compare runs over seeds", file="compare"),

@@ -37,7 +37,8 @@ BEHIND = {
     "sampled_length": "length",
 }
 """What training measures all the time, and evaluation now and then."""
-_LESS_IS_BETTER = ("nll",)
+LESS_IS_BETTER = ("nll",)
+"""Metrics of which the smallest value is the best."""
 _NOT_LEARNING = ("seed", "name", "directory", "log", "checkpoint", "evaluation", "rewards", "threads")
 _NOT_LEARNING_OF_ENVIRONMENTS = ("deadline", "processes")
 _POINTS = 100
@@ -198,7 +199,7 @@ def compare(directories: Sequence[Path], *, metric: str | None = None) -> Compar
         groups.setdefault(json.dumps(_learning(curve.settings), sort_keys=True), []).append(curve)
     labels = _labels([runs[0] for runs in groups.values()])
     made = [_group(label, runs) for label, runs in zip(labels, groups.values(), strict=True)]
-    best_first = 1.0 if metric in _LESS_IS_BETTER else -1.0
+    best_first = 1.0 if metric in LESS_IS_BETTER else -1.0
     return Comparison(metric=metric, groups=tuple(sorted(made, key=lambda group: best_first * group.final_mean)))
 
 
