@@ -11,6 +11,8 @@ from upslope.algorithms import PPO as PPO
 from upslope.algorithms import RLOO as RLOO
 from upslope.algorithms import SFT as SFT
 from upslope.algorithms import TRPO as TRPO
+from upslope.algorithms import ActorCriticLambda as ActorCriticLambda
+from upslope.algorithms import AverageReward as AverageReward
 from upslope.algorithms import ImportanceSampled as ImportanceSampled
 from upslope.algorithms import OneStepActorCritic as OneStepActorCritic
 from upslope.algorithms import Preference as Preference
@@ -18,6 +20,7 @@ from upslope.algorithms import ReferenceKL as ReferenceKL
 from upslope.algorithms import Reinforce as Reinforce
 from upslope.algorithms import RewardModel as RewardModel
 from upslope.algorithms import StaleData as StaleData
+from upslope.algorithms import TDLambda as TDLambda
 from upslope.algorithms import VTraceActorCritic as VTraceActorCritic
 from upslope.auditing import AuditReport as AuditReport
 from upslope.auditing import audit as audit
