@@ -11,6 +11,9 @@ from upslope.recipes.arithmetic import arithmetic_rloo as arithmetic_rloo
 from upslope.recipes.arithmetic import arithmetic_sft as arithmetic_sft
 from upslope.recipes.calculator import calculator_grpo as calculator_grpo
 from upslope.recipes.calculator import calculator_sft as calculator_sft
+from upslope.recipes.continuing import access_control_actor_critic as access_control_actor_critic
+from upslope.recipes.continuing import access_control_ppo as access_control_ppo
+from upslope.recipes.continuing import pendulum_continuing_ppo as pendulum_continuing_ppo
 from upslope.recipes.control import acrobot_ppo as acrobot_ppo
 from upslope.recipes.control import bipedalwalker_ppo as bipedalwalker_ppo
 from upslope.recipes.control import breakout_ppo as breakout_ppo
@@ -48,5 +51,8 @@ from upslope.recipes.tables import short_corridor_actor_critic as short_corridor
 from upslope.recipes.tables import short_corridor_baseline as short_corridor_baseline
 from upslope.recipes.tables import short_corridor_reinforce as short_corridor_reinforce
 from upslope.recipes.tables import six_state_ppo as six_state_ppo
+from upslope.recipes.traces import cartpole_traces as cartpole_traces
+from upslope.recipes.traces import random_walk_prediction as random_walk_prediction
+from upslope.recipes.traces import short_corridor_traces as short_corridor_traces
 from upslope.recipes.words import spell_backward_grpo as spell_backward_grpo
 from upslope.recipes.words import spell_backward_sft as spell_backward_sft

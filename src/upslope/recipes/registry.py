@@ -7,7 +7,19 @@ import inspect
 from collections.abc import Callable
 
 from upslope.errors import UsageError
-from upslope.recipes import arithmetic, calculator, control, countdown, peers, presets, real_models, tables, words
+from upslope.recipes import (
+    arithmetic,
+    calculator,
+    continuing,
+    control,
+    countdown,
+    peers,
+    presets,
+    real_models,
+    tables,
+    traces,
+    words,
+)
 from upslope.train import Run
 from upslope.train.language import LanguageRun
 from upslope.train.session import AnyRun
@@ -34,6 +46,12 @@ RECIPES: dict[str, Callable[[], AnyRun]] = {
         tables.short_corridor_baseline,
         tables.short_corridor_actor_critic,
         tables.six_state_ppo,
+        traces.short_corridor_traces,
+        traces.cartpole_traces,
+        traces.random_walk_prediction,
+        continuing.access_control_actor_critic,
+        continuing.access_control_ppo,
+        continuing.pendulum_continuing_ppo,
         presets.ppo_cleanrl,
         presets.ppo_sb3,
         presets.ppo_paper,
