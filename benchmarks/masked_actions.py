@@ -52,7 +52,7 @@ class TemptingMasks(VectorEnv[Any, Any, Any]):
         self.num_envs, self.sizes = num_envs, sizes
         self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
         one = gymnasium.spaces.Discrete(sizes[0])
-        self.single_action_space = one if len(sizes) == 1 else gymnasium.spaces.MultiDiscrete(sizes)
+        self.single_action_space = one if len(sizes) == 1 else gymnasium.spaces.MultiDiscrete(list(sizes))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._generator = np.random.default_rng(seed)

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from upslope.policies.masking import has_valid
-from upslope.spaces import ACTION_MASK, ActionMask, Box, Composite, Discrete, MultiDiscrete, ObservationLeaf, Space
+from upslope.spaces import (
+    ACTION_MASK,
+    ActionMask,
+    Box,
+    Composite,
+    Discrete,
+    MultiDiscrete,
+    ObservationLeaf,
+    Space,
+    masked_sizes,
+)
 from upslope.trajectory import ObservationArrays
 
 
@@ -26,7 +36,7 @@ def read_observation(space: Space, observation: Any) -> tuple[ObservationArrays,
         return _leaf(space, "the observation", observation)
     entries = _flattened(observation)
     wanted = [name for name, _ in space.entries]
-    if set(wanted) - set(entries) == {ACTION_MASK}:
+    if masked_sizes(space) is not None and ACTION_MASK not in entries:
         raise ValueError(
             "this policy was trained with masks of valid actions, and got none: pass "
             'act(observation, action_mask=info["action_mask"])'
