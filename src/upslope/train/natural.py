@@ -156,8 +156,7 @@ class NaturalUpdate:
         if not bool(gradient.any()):
             return
         settings = self._settings
-        self._look()
-        product = self._product()
+        product = self.fisher()
         direction = conjugate_gradient(
             lambda vector: product(vector) + settings.damping * vector, gradient, iterations=settings.iterations
         )
@@ -220,8 +219,9 @@ class NaturalUpdate:
             self._before -= float(self._algorithm.loss(piece, evaluation, self._now).value)
             self._old.append(evaluation.distribution.detach())
 
-    def _product(self) -> Product:
-        """F v, in closed form where there is one."""
+    def fisher(self) -> Product:
+        """F v, in closed form where there is one; keeps the distributions and the surrogate before the step."""
+        self._look()
         products = [
             closed_form_product(self._policy, piece, old, self._actor, steps=self._steps)
             or fisher_vector_product(self._divergence_of(number), self._actor)
