@@ -50,7 +50,42 @@ CASES: dict[str, dict] = {
         "entropy": 0.0,
         "total": 30_000,
     },
+    "e": {
+        "algorithm": "trpo",
+        "environment": "CartPole-v1",
+        "count": 1,
+        "steps": 2048,
+        "epochs": 10,
+        "minibatches": 16,
+        "learning_rate": 1e-3,
+        "entropy": 0.0,
+        "total": 20_480,
+    },
+    "e2": {
+        "algorithm": "trpo",
+        "environment": "HalfCheetah-v5",
+        "count": 1,
+        "steps": 2048,
+        "epochs": 10,
+        "minibatches": 16,
+        "learning_rate": 1e-3,
+        "entropy": 0.0,
+        "total": 20_480,
+    },
+    "r": {
+        "algorithm": "recurrent ppo",
+        "environment": "CartPole-v1",
+        "count": 8,
+        "steps": 128,
+        "epochs": 4,
+        "minibatches": 4,
+        "learning_rate": 2.5e-4,
+        "entropy": 0.0,
+        "total": 5_120,
+        "units": 256,
+    },
 }
+TRUST_REGION, DAMPING, CONJUGATE_GRADIENT_ITERATIONS, BACKTRACK, LINE_SEARCH_ATTEMPTS = 0.01, 0.1, 15, 0.8, 10
 GAMMA, GAE_LAMBDA, CLIP, MAX_NORM, EPSILON = 0.99, 0.95, 0.2, 0.5, 1e-5
 
 
