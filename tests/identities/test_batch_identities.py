@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,10 +20,14 @@ from upslope.algorithms import (
     A2C,
     GRPO,
     KTO,
+    NPG,
     PPO,
     RLOO,
     SFT,
+    TRPO,
+    ActorCriticLambda,
     Algorithm,
+    AverageReward,
     ImportanceSampled,
     Now,
     OneStepActorCritic,
@@ -30,6 +35,7 @@ from upslope.algorithms import (
     Reinforce,
     RewardModel,
     StaleData,
+    TDLambda,
     VTraceActorCritic,
 )
 from upslope.estimators import (
@@ -72,10 +78,15 @@ ALGORITHMS: dict[str, Algorithm] = {
     "v-trace standardised": VTraceActorCritic(normalize_advantage=True),
     "importance sampled": ImportanceSampled(baseline="critic", discounted_states=True, entropy_coefficient=0.01),
     "importance sampled by episode": ImportanceSampled(weights="trajectory", cap=1.1, self_normalised=True),
+    "trpo": TRPO(critic_epochs=2, critic_minibatches=1, entropy_coefficient=0.01),
+    "trpo reward to go": TRPO(psi="reward_to_go", normalize_advantage=False),
+    "npg": NPG(normalize_advantage=False, critic_epochs=1, critic_minibatches=1),
     "ppo kl": PPO(epochs=1, minibatches=2, clip=None, kl_coefficient=0.3, recompute_advantage=True),
 }
 ON_SEQUENCES = {GRPO, RLOO, SFT, Preference, KTO, RewardModel}
 """Their rows belong together; tests/algorithms/test_sequence_algorithms.py asks the same of them."""
+ON_TRACES = {ActorCriticLambda, AverageReward, TDLambda}
+"""They learn step by step, or where nothing terminates: test_trace_identities.py has them."""
 EVERY_ALGORITHM = pytest.mark.parametrize("name", list(ALGORITHMS))
 ONE_MINIBATCH = pytest.mark.parametrize(
     "name", [name for name, each in ALGORITHMS.items() if each.passes.minibatches == 1]
@@ -88,7 +99,7 @@ def test_no_algorithm_is_left_out() -> None:
     """One that is added shows here."""
     classes = (member for _, member in inspect.getmembers(upslope.algorithms, inspect.isclass))
     trained = {member for member in classes if "loss" in vars(member) and not getattr(member, "_is_protocol", False)}
-    assert trained == {type(algorithm) for algorithm in ALGORITHMS.values()} | ON_SEQUENCES
+    assert trained == {type(algorithm) for algorithm in ALGORITHMS.values()} | ON_SEQUENCES | ON_TRACES
 
 
 @dataclass
@@ -108,6 +119,13 @@ class Recording:
             torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parts])
         )
         return 0.0
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [part for part in (self.policy.theta, self.policy.value) if part.requires_grad]
+
+    def step_by(self, move: Callable[[], None]) -> float:
+        return self.step(0.0)
 
 
 class WholeRows(StatePolicy):
