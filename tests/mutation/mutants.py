@@ -10,5 +10,15 @@ from mutants_objectives import OBJECTIVES
 from mutants_off_policy import OFF_POLICY
 from mutants_sequences import SEQUENCES
 from mutants_shaping import FINE_TUNING
+from mutants_traces import TRACE_MUTANTS
 
-MUTANTS: tuple[Mutant, ...] = (*ESTIMATORS, *OBJECTIVES, *ALGORITHMS, *MASKS, *OFF_POLICY, *SEQUENCES, *FINE_TUNING)
+MUTANTS: tuple[Mutant, ...] = (
+    *ESTIMATORS,
+    *OBJECTIVES,
+    *ALGORITHMS,
+    *MASKS,
+    *OFF_POLICY,
+    *SEQUENCES,
+    *FINE_TUNING,
+    *TRACE_MUTANTS,
+)
