@@ -17,6 +17,7 @@ from upslope import (
     PPO,
     ActorCriticConfig,
     EnvironmentConfig,
+    MemoryConfig,
     ReferenceKL,
     Reinforce,
     RolloutConfig,
@@ -216,6 +217,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "potential nowhere": (with_potential("no/such/folder"), "shaping.potential='no/such/folder' is no folder"),
     "no potential function": (with_potential("no/such/file.py:phi"), "there is no file"),
 }
+
+
+def test_a_reference_with_a_memory_needs_whole_episodes(tmp_path: Path) -> None:
+    """In the middle of an episode nobody knows what it would remember."""
+    algorithm = PPO(epochs=1, minibatches=1, reference_kl=ReferenceKL(coefficient=0.1))
+    policy = ActorCriticConfig(hidden=(16,), memory=MemoryConfig(size=8))
+    with pytest.raises(UsageError, match="learn from whole episodes"):
+        train(tiny(tmp_path, algorithm, policy=policy, steps=64))
+    found, watch = watching("reference_kl")
+    train(
+        tiny(tmp_path, algorithm, policy=policy, rollout=RolloutConfig(steps=None, episodes=3), steps=200),
+        callbacks=[watch],
+    )
+    assert found[0] == pytest.approx(0.0, abs=1e-9)
+    assert found[-1] > 0.0
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -21,7 +21,7 @@ from upslope.errors import UsageError
 from upslope.policies import ActorCritic
 from upslope.policies.content import content_hash
 from upslope.spaces import Composite
-from upslope.train.config import Run
+from upslope.train.config import RolloutConfig, Run
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.run_directory import RunDirectory
 from upslope.train.saving import load, save
@@ -176,6 +176,12 @@ def begin(policy: ActorCritic, run: Run, places: Places, encoder: nn.Module | No
     reference = first if _refers_to_start(run) else None
     if places.reference is not None:
         reference = _frozen(policy, "reference", places.reference, encoder)
+    fragments = isinstance(run.rollout, RolloutConfig) and run.rollout.steps is not None
+    if fragments and reference is not None and reference.sequential:
+        raise UsageError(
+            "the reference has a memory, and in the middle of an episode nobody knows what it would hold: learn from "
+            "whole episodes (rollout.episodes, with rollout.steps=None), or take a policy without policy.memory"
+        )
     behaviour = potential = shaping = None
     if places.behaviour is not None:
         behaviour = _frozen(policy, "rollout.behaviour", places.behaviour, encoder)
