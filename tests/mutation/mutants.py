@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness import Mutant
 from mutants_algorithms import ALGORITHMS
 from mutants_estimators import ESTIMATORS
+from mutants_groups import GROUPED
 from mutants_masks import MASKS
 from mutants_objectives import OBJECTIVES
 from mutants_off_policy import OFF_POLICY
@@ -16,6 +17,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *ESTIMATORS,
     *OBJECTIVES,
     *ALGORITHMS,
+    *GROUPED,
     *MASKS,
     *OFF_POLICY,
     *SEQUENCES,
