@@ -30,6 +30,11 @@ from upslope.recipes.control import pendulum_ppo as pendulum_ppo
 from upslope.recipes.control import walker2d_ppo as walker2d_ppo
 from upslope.recipes.countdown import countdown_grpo as countdown_grpo
 from upslope.recipes.countdown import countdown_sft as countdown_sft
+from upslope.recipes.groups import cartpole_clone as cartpole_clone
+from upslope.recipes.groups import cartpole_grpo as cartpole_grpo
+from upslope.recipes.groups import cartpole_rloo as cartpole_rloo
+from upslope.recipes.groups import cartpole_segment_dpo as cartpole_segment_dpo
+from upslope.recipes.groups import pendulum_grpo as pendulum_grpo
 from upslope.recipes.peers import grpo_nemo_rl as grpo_nemo_rl
 from upslope.recipes.peers import grpo_openrlhf as grpo_openrlhf
 from upslope.recipes.peers import grpo_prime_rl as grpo_prime_rl
