@@ -52,6 +52,7 @@ def cases() -> Iterator[Case]:
         yield row("NPG", f"one step of {name}, from explicit matrices", partial(_stepped, build, _PLAIN_NPG))
     fixed = replace(_PLAIN_NPG, max_divergence=None, step_size=0.3)
     yield row("NPG", "a fixed step size, from explicit matrices", partial(_stepped, _table, fixed))
+    yield row("TRPO", "the loss, by hand", _loss)
     yield row("TRPO", "refused: the parameters are what they were", _refused)
     yield row("TRPO", "direction from all batches, without damping", partial(_whole, 0.0))
     yield row(
@@ -269,6 +270,40 @@ def _put(parameters: Sequence[nn.Parameter], vector: Tensor) -> None:
         parameter.copy_(part.view_as(parameter))
 
 
+def _loss() -> Found:
+    """-L with half of a bonus that falls along a line, of a policy other than the one that acted."""
+    actor = _table()
+    trajectory = _fragments(actor)
+    with torch.no_grad():
+        actor.parameters[0].mul_(0.5)
+    algorithm = replace(_STEP, entropy_coefficient=0.6, entropy_schedule="linear")
+    batch = algorithm.prepare(_batch(trajectory, trajectory.reward))
+    found = algorithm.loss(batch, actor.policy.evaluate(trajectory), Now(progress=0.5)).value
+    probability = actor.parameters[0].detach().softmax(-1)[actor.observation]
+    taken = probability.gather(-1, actor.action.unsqueeze(-1)).squeeze(-1)
+    ratio = taken / trajectory.behaviour_log_prob.exp()
+    entropy = -(probability * probability.log()).sum(-1)
+    expected = -(ratio * trajectory.reward + 0.3 * entropy).mean()
+    return identity(
+        found.reshape(1), expected.reshape(1), problem="fragments of chance steps", target_name="-mean(rho Psi + c H)"
+    )
+
+
+def _batch(trajectory: Trajectory, psi: Tensor) -> Batch:
+    """Whole rows, each step with the same weight."""
+    return Batch(
+        observation=trajectory.observation,
+        action=trajectory.action,
+        mask=trajectory.mask,
+        behaviour_log_prob=trajectory.behaviour_log_prob,
+        advantage=psi,
+        value_target=None,
+        behaviour_value=None,
+        behaviour_distribution=None,
+        weight=torch.full_like(psi, 1.0 / psi.numel()),
+    )
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -320,18 +355,7 @@ def _matrix(
     policy: TabularPolicy, algorithm: TRPO | NPG, parameters: Sequence[nn.Parameter], trajectory: Trajectory
 ) -> Tensor:
     """F of one batch as the step has it, column by column."""
-    steps = trajectory.mask.numel()
-    batch = Batch(
-        observation=trajectory.observation,
-        action=trajectory.action,
-        mask=trajectory.mask,
-        behaviour_log_prob=trajectory.behaviour_log_prob,
-        advantage=torch.zeros_like(trajectory.reward),
-        value_target=None,
-        behaviour_value=None,
-        behaviour_distribution=None,
-        weight=torch.full_like(trajectory.reward, 1.0 / steps),
-    )
+    batch = _batch(trajectory, torch.zeros_like(trajectory.reward))
     product = NaturalUpdate(policy, algorithm, parameters, [batch], Now()).fisher()
     every = torch.eye(sum(parameter.numel() for parameter in parameters), dtype=_DOUBLE)
     return torch.stack([product(column) for column in every])
