@@ -133,7 +133,7 @@ class _Grid(NamedTuple):
     def spread(self, steps: Tensor) -> Tensor:
         """[M, D] -> [S, L, D]."""
         empty = steps.new_zeros(self.segments * self.longest, steps.shape[1])
-        return empty.index_copy(0, self.place, steps).view(self.segments, self.longest, -1)
+        return empty.index_copy(0, self.place, steps).view(self.segments, self.longest, steps.shape[1])
 
 
 class _Block(nn.Module):
