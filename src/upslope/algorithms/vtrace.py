@@ -36,8 +36,8 @@ class VTraceActorCritic:
     c_bar: float = 1.0
     """Largest weight by which a correction is carried back to the step before."""
     normalize_advantage: bool = False
-    """Standardise advantages over the batch, before they are weighted by rho: a mean that is subtracted afterwards would
-    push the policy away from the one that acted, or towards it."""
+    """Standardise advantages over the batch, before they are weighted by rho: a mean subtracted afterwards would push
+    the policy away from the one that acted, or towards it."""
     value_coefficient: float = 1.0
     """Multiplier of 0.5 (V - v)^2."""
     entropy_coefficient: float = 0.0
