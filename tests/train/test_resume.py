@@ -23,7 +23,7 @@ from upslope.train.checkpoint import latest_checkpoint
 from upslope.train.log import read_metrics
 from upslope.train.session import ResumeError
 
-CASES = ["reinforce", "baseline", "one_step", "a2c", "ppo", "ppo_kl", "pendulum", "hopper", "lunarlander"]
+CASES = ["reinforce", "baseline", "one_step", "a2c", "ppo", "ppo_kl", "pendulum", "hopper", "lunarlander", "traces"]
 
 
 class PulledPlugError(RuntimeError):

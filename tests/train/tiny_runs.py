@@ -12,6 +12,7 @@ from upslope import (
     A2C,
     PPO,
     ActorCriticConfig,
+    ActorCriticLambda,
     CheckpointConfig,
     EnvironmentConfig,
     EvaluationConfig,
@@ -90,6 +91,14 @@ def cases(directory: Path) -> dict[str, Run]:
             environment=_one("LunarLander-v3"),
             rollout=RolloutConfig(steps=50),
             steps=800,
+        ),
+        "traces": tiny(
+            directory,
+            ActorCriticLambda(discounted_states=True),
+            policy=NORMALISED,
+            rollout=RolloutConfig(steps=1),
+            optimizer=OptimizerConfig(kind="sgd", learning_rate=1e-3),
+            steps=400,
         ),
     }
 
