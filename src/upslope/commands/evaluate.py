@@ -101,9 +101,11 @@ def _watched(command: Evaluate, console: Console) -> None:
     from upslope.report.video import record_video, watch
     from upslope.train import load
     from upslope.train.config_file import read_evaluation
+    from upslope.train.evaluate import within_horizon
 
     policy = load(command.run / ("best" if command.best else "policy"))
-    environment, _ = read_evaluation(command.run)
+    environment, settings = read_evaluation(command.run)
+    environment = within_horizon(environment, settings.horizon)
     if command.environment is not None:
         environment = dataclasses.replace(environment, id=command.environment)
     if command.render:

@@ -72,7 +72,8 @@ def evaluation_table(report: EvaluationReport) -> Table:
     """Returns and lengths of an evaluation, one row per way to act; the mean with its standard error."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("acting by")
-    for heading in ("mean return", "spread", "worst", "best", "mean length", "episodes"):
+    averages = ("average reward",) if report.endless else ()
+    for heading in ("mean return", "spread", "worst", "best", "mean length", "episodes", *averages):
         table.add_column(heading, justify="right")
     for way, returns, lengths in (
         ("most likely actions", report.deterministic_returns, report.deterministic_lengths),
@@ -86,6 +87,7 @@ def evaluation_table(report: EvaluationReport) -> Table:
             f"{returns.max():,.1f}",
             f"{lengths.mean():,.1f}",
             str(len(returns)),
+            *(f"{returns.sum() / lengths.sum():,.4g}" for _ in averages),
         )
     return table
 

@@ -81,13 +81,11 @@ class Evaluator:
         episodes = min(settings.episodes, settings.final_episodes or settings.episodes)
         alone = source is not None and not isinstance(source, Callable)
         self._config = replace(
-            environment,
+            within_horizon(environment, settings.horizon),
             count=1 if alone else min(settings.environments, episodes),
             vectorization="sync",
             resume="rebuild",
             truncation="bootstrap",
-            continuing=False,
-            time_limit=settings.horizon if environment.continuing else environment.time_limit,
         )
         self._environment = environment
         self._settings = settings
@@ -148,6 +146,11 @@ class Evaluator:
         if self._environments is not None:
             self._environments.close()
             self._environments = None
+
+
+def within_horizon(environment: EnvironmentConfig, horizon: int) -> EnvironmentConfig:
+    """The environment as it is judged and shown: one without end is cut after `horizon` steps."""
+    return replace(environment, continuing=False, time_limit=horizon) if environment.continuing else environment
 
 
 def _check_spaces(policy: ActorCritic, environments: VectorEnvironment) -> None:
