@@ -76,13 +76,13 @@ class _Header:
     sha256: str
 
 
-def write_recording(recording: Recording, path: Path) -> None:
+def write_recording(recording: Recording, path: str | Path) -> None:
     """Write a file that `read_recording` reads; an older one at that place is replaced at one stroke.
 
     Raises:
         OSError: if it cannot be written; the older one is untouched then.
     """
-    tensors = _tensors(recording.trajectory)
+    path, tensors = Path(path), _tensors(recording.trajectory)
     header = _Header(
         format=_FORMAT,
         version=_VERSION,
@@ -106,12 +106,13 @@ def write_recording(recording: Recording, path: Path) -> None:
             temporary.unlink()
 
 
-def read_recording(path: Path) -> Recording:
+def read_recording(path: str | Path) -> Recording:
     """The trajectories of a file.
 
     Raises:
         UsageError: if there is no such file, or it is damaged, of another kind or of a later version.
     """
+    path = Path(path)
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
