@@ -225,3 +225,20 @@ def test_bad_input_is_named_with_a_remedy(tmp_path: Path) -> None:
         (run / "config.json").write_text(content)
         with pytest.raises(ConfigError, match=said):
             compare([run])
+
+
+@pytest.mark.parametrize(
+    ("starts", "groups"),
+    [
+        (("runs/first-seed1", "runs/first-seed2-3"), 1),
+        (("runs/first-seed1", "runs/first-seed1"), 1),
+        (("runs/first-seed1", "runs/other-seed2"), 2),
+        (("runs/first-seed12", "runs/first-seed2"), 2),
+    ],
+    ids=["own", "one-for-all", "other", "longer-number"],
+)
+def test_runs_that_start_from_the_folder_of_their_own_seed_are_one_group(
+    tmp_path: Path, starts: tuple[str, str], groups: int
+) -> None:
+    runs = [make_run(tmp_path, seed=seed, finals=[1.0], start_from=start) for seed, start in enumerate(starts, start=1)]
+    assert len(compare(runs).groups) == groups

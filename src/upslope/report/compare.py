@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ BEHIND = {
 LESS_IS_BETTER = ("nll",)
 """Metrics of which the smallest value is the best."""
 _NOT_LEARNING = ("seed", "name", "directory", "log", "checkpoint", "evaluation", "rewards", "threads")
+_OF_EACH_SEED = ("start_from", "reference")
 _NOT_LEARNING_OF_ENVIRONMENTS = ("deadline", "processes")
 _POINTS = 100
 _LABELLED = 3
@@ -194,9 +196,9 @@ def compare(directories: Sequence[Path], *, metric: str | None = None) -> Compar
         raise UsageError(f"the same run is named more than once: {', '.join(twice)}")
     metric = _usual_metric(directories) if metric is None else metric
     groups: dict[str, list[RunCurve]] = {}
-    for directory in directories:
-        curve = read_curve(directory, metric=metric)
-        groups.setdefault(json.dumps(_learning(curve.settings), sort_keys=True), []).append(curve)
+    curves = [read_curve(directory, metric=metric) for directory in directories]
+    for curve in curves:
+        groups.setdefault(json.dumps(_alike(curve, curves), sort_keys=True), []).append(curve)
     labels = _labels([runs[0] for runs in groups.values()])
     made = [_group(label, runs) for label, runs in zip(labels, groups.values(), strict=True)]
     best_first = 1.0 if metric in LESS_IS_BETTER else -1.0
@@ -320,6 +322,20 @@ def _learning(settings: Mapping[str, Any]) -> dict[str, Any]:
         if plain.get("vectorization") in ("sync", "async"):
             del plain["vectorization"]
         kept["environment"] = plain
+    return kept
+
+
+def _alike(curve: RunCurve, curves: Sequence[RunCurve]) -> dict[str, Any]:
+    """What is the same for runs of a group.
+
+    What a seed alone begins with and names after itself, `start_from="runs/first-seed3"` of seed 3, stands for what the
+    other seeds begin with.
+    """
+    kept = _learning(curve.settings)
+    for name in _OF_EACH_SEED:
+        place = kept.get(name)
+        if isinstance(place, str) and sum(other.settings.get(name) == place for other in curves) == 1:
+            kept[name] = re.sub(rf"-seed{curve.seed}(-\d+)?(?=/|$)", "-seed*", place)
     return kept
 
 
