@@ -74,7 +74,7 @@ def all_cases() -> Iterator[Case]:
         reductions,
         preference,
         memory,
-    natural_gradient,
+        natural_gradient,
         curvature,
         off_policy_algorithms,
         shaping,

@@ -89,6 +89,8 @@ class PolicyMemory(nn.Module):
         """
         name, core = self.named_cores()[-1]
         seen, trace = core.replay(features, packing, part_of(memory, name))
+        if len(final) == 0:
+            return seen
         one_step = Packing.of(torch.ones(len(final), 1, dtype=torch.bool, device=final.device), None)
         order = one_step.place
         after, _ = core.replay(final[order], one_step, core.after(trace, packing, ends))
