@@ -103,7 +103,7 @@ class Study:
     def __init__(self, directory: Path, plan: Plan, tell: Callable[[str], None]) -> None:
         self.directory, self.plan, self.tell = directory, plan, tell
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        path = directory / JOURNAL
+        path = directory.resolve() / JOURNAL
         _mend(path)
         storage = JournalStorage(JournalFileBackend(str(path)))
         names = optuna.get_all_study_names(storage)
@@ -314,8 +314,7 @@ def _pruner(plan: Plan) -> optuna.pruners.BasePruner:
 
 def _mend(path: Path) -> None:
     """After a kill: no lock is left, and the journal ends with a whole line."""
-    for left in (*path.parent.glob(f"{path.name}.lock"), *path.parent.glob(f"{path.name}.lock*.rename")):
-        left.unlink(missing_ok=True)
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
     if not path.is_file():
         return
     with path.open("r+b") as file:
