@@ -176,6 +176,8 @@ def begin(policy: ActorCritic, run: Run, places: Places, encoder: nn.Module | No
     reference = first if _refers_to_start(run) else None
     if places.reference is not None:
         reference = _frozen(policy, "reference", places.reference, encoder)
+        if run.algorithm.passes.reference == "distribution":
+            _check_same_spread(policy, reference)
     fragments = isinstance(run.rollout, RolloutConfig) and run.rollout.steps is not None
     if fragments and reference is not None and reference.sequential:
         raise UsageError(
@@ -318,6 +320,17 @@ def _check_same_actions(policy: ActorCritic, other: ActorCritic, place: str) -> 
             f"the policy of {place} draws actions from another family: {theirs} there, {ours} here; set "
             "policy.distribution to that policy's"
         )
+
+
+def _check_same_spread(policy: ActorCritic, reference: ActorCritic) -> None:
+    """Refuse an exact KL of distributions whose parameters do not mean the same."""
+    for name in ("log_std_bounds", "state_dependent_std"):
+        here, there = getattr(policy.config, name), getattr(reference.config, name)
+        if here != there:
+            raise UsageError(
+                f"an exact KL compares parameters of distributions, and the reference's mean something else: its "
+                f"policy.{name} is {there!r}, and {here!r} here; take another reference_kl.estimator, or make them equal"
+            )
 
 
 def _check_same_network(policy: ActorCritic, start: ActorCritic, place: str) -> None:
