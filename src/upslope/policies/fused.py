@@ -91,7 +91,8 @@ class RowGradients(threading.local):
     Of a weight [O, F] the row m brings the outer product of two vectors, of a bias or a constant output [O] one vector.
 
     Attributes:
-        of: by `data_ptr()` of the tensor, [M, O] and [M, F], or [M, O] and None; None while nothing is recorded.
+        of: by `data_ptr()` of the tensor, [M, O] and [M, F], or [M, O] and None; no row of a tensor that was used more
+            than once; None while nothing is recorded.
     """
 
     of: dict[int, tuple[np.ndarray, np.ndarray | None]] | None = None
@@ -109,7 +110,8 @@ class RowGradients(threading.local):
         """What the rows of one perceptron bring to one tensor."""
         if self.of is not None:
             place = tensor.__array_interface__["data"][0]
-            self.of[place] = (gradient.copy(), features)
+            # Of a perceptron that a row goes through several times no single pass has the whole.
+            self.of[place] = (gradient[:0], None) if place in self.of else (gradient.copy(), features)
 
 
 ROW_GRADIENTS = RowGradients()
