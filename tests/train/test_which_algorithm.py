@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +134,8 @@ gymnasium.register("Gated-v0", Gated)
 
 def table() -> list[tuple[str, str]]:
     """Filled cells, as (algorithm, column)."""
-    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
+    (block,) = re.findall(r"^\| algorithm \|.*(?:\n\|.*)*", PAGE.read_text("utf-8"), re.MULTILINE)
+    lines = block.splitlines()
     columns = [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
     assert tuple(columns) == WORLDS + ABILITIES
     found: list[tuple[str, str]] = []

@@ -329,7 +329,7 @@ def _check_same_spread(policy: ActorCritic, reference: ActorCritic) -> None:
         if here != there:
             raise UsageError(
                 f"an exact KL compares parameters of distributions, and the reference's mean something else: its "
-                f"policy.{name} is {there!r}, and {here!r} here; take another reference_kl.estimator, or make them equal"
+                f"policy.{name} is {there!r}, and {here!r} here; take another estimator, or make them equal"
             )
 
 
