@@ -2,8 +2,8 @@
 
 The environment draws new masks at every step, a fifth of them with one valid value alone, and rewards the largest
 numbers whether they are valid or not, so that the policy comes to prefer what it often may not do. It counts invalid
-actions by its own copy of the masks, and so does a check of every trajectory: its actions against its masks, and the
-log-probs that the learner finds for actions that are invalid.
+actions by its own copy of the masks, and so does a check of every trajectory, its actions against its masks. One
+rollout in eight is learnt from, and there the chance that the learner gives to invalid actions is counted, too.
 
     python benchmarks/masked_actions.py --actions 10_000_000
 """
@@ -33,6 +33,8 @@ from upslope.trajectory import Trajectory
 LENGTH = 50
 SINGLE = 0.2
 """How often a choice has one valid value alone."""
+LEARNT = 8
+"""One rollout of so many is learnt from."""
 
 
 class TemptingMasks(VectorEnv[Any, Any, Any]):
@@ -92,18 +94,21 @@ class TemptingMasks(VectorEnv[Any, Any, Any]):
         return observation, {"action_mask": np.concatenate(self._masks, axis=1)}
 
 
-def wrong(trajectory: Trajectory, policy: ActorCritic, sizes: tuple[int, ...]) -> int:
-    """Actions of a trajectory that its own masks forbid, and invalid actions to which the learner gives a chance."""
+def forbidden(trajectory: Trajectory, sizes: tuple[int, ...]) -> int:
+    """Actions of a trajectory that its own masks forbid."""
     observation: Any = trajectory.observation
     mask, action = observation[ACTION_MASK], trajectory.action.reshape(*trajectory.shape, -1)
-    found = 0
-    for column, part in enumerate(mask.split(sizes, -1)):
-        found += int((~part.gather(-1, action[..., column : column + 1])).sum())
+    parts = enumerate(mask.split(sizes, -1))
+    return sum(int((~part.gather(-1, action[..., column : column + 1])).sum()) for column, part in parts)
+
+
+def possible(trajectory: Trajectory, policy: ActorCritic, sizes: tuple[int, ...]) -> int:
+    """Invalid actions to which the learner gives a chance."""
+    observation: Any = trajectory.observation
     with torch.no_grad():
         logits = policy.evaluate(trajectory).distribution.parameters
-    for part, valid in zip(logits.split(sizes, -1), mask.split(sizes, -1), strict=True):
-        found += int((part.softmax(-1)[~valid] != 0.0).sum())
-    return found
+    parts = zip(logits.split(sizes, -1), observation[ACTION_MASK].split(sizes, -1), strict=True)
+    return sum(int((part.softmax(-1)[~valid] != 0.0).sum()) for part, valid in parts)
 
 
 def main(sizes: tuple[int, ...], actions: int, seed: int, count: int = 256, steps: int = 128) -> dict[str, Any]:
@@ -116,22 +121,25 @@ def main(sizes: tuple[int, ...], actions: int, seed: int, count: int = 256, step
     algorithm, config = PPO(epochs=2, minibatches=8), OptimizerConfig(learning_rate=3e-3)
     optimizer, state = FlatOptimizer(policy, config), algorithm.initial_state()
     collector = EnvironmentCollector(environments, steps=steps, seed=seed)
-    updates, begin, cpu, forbidden, returns = -(-actions // (count * steps)), time.time(), time.process_time(), 0, 0.0
+    updates, begin, cpu, wrong, returns = -(-actions // (count * steps)), time.time(), time.process_time(), 0, 0.0
     for update in range(updates):
         trajectory = collector.collect(policy, update)
-        forbidden += wrong(trajectory, policy, sizes)
+        wrong += forbidden(trajectory, sizes)
+        returns = float(trajectory.reward.mean())
+        if update % LEARNT:
+            continue
         now, shuffling = Now(progress=update / updates, state=state), np.random.default_rng((seed, update))
         learned = learn(
             policy, algorithm, optimizer, trajectory, now=now, learning_rate=config.learning_rate, generator=shuffling
         )
         policy.observe(trajectory)
-        state, returns = learned.state, float(trajectory.reward.mean())
+        wrong, state = wrong + possible(trajectory, policy, sizes), learned.state
     return {
         "sizes": list(sizes),
         "steps": updates * count * steps,
         "actions": world.taken,
         "invalid": world.invalid,
-        "forbidden_by_the_learner": forbidden,
+        "wrong_in_trajectories": wrong,
         "last_mean_reward": round(returns, 3),
         "seconds": round(time.time() - begin, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),

@@ -85,7 +85,7 @@ class Composed(gymnasium.Env[Any, Any]):
 
 
 if WORLD not in gymnasium.registry:
-    gymnasium.register(WORLD, Composed)
+    gymnasium.register(WORLD, f"{__name__}:Composed")
 
 
 def covering(factors: dict[str, list[str]]) -> list[dict[str, str]]:
