@@ -7,6 +7,7 @@ from mutants_algorithms import ALGORITHMS
 from mutants_estimators import ESTIMATORS
 from mutants_groups import GROUPED
 from mutants_masks import MASKS
+from mutants_memory import MEMORIES
 from mutants_natural import NATURAL
 from mutants_objectives import OBJECTIVES
 from mutants_off_policy import OFF_POLICY
@@ -20,6 +21,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *ALGORITHMS,
     *GROUPED,
     *MASKS,
+    *MEMORIES,
     *NATURAL,
     *OFF_POLICY,
     *SEQUENCES,
