@@ -30,6 +30,7 @@ def describe_run(run: Run | LanguageRun) -> dict[str, str]:
             f"learnt from r + {run.shaping.scale:g} x (gamma Phi(s') - Phi(s)), Phi = {run.shaping.potential}, 0 after "
             "termination; the optimal policies stay what they are"
         )
+    rows |= _acting(run)
     if run.policy.normalize_reward:
         rows["rewards"] = (
             f"divided by the running standard deviation of the return discounted with gamma={run.algorithm.gamma}, "
@@ -40,6 +41,18 @@ def describe_run(run: Run | LanguageRun) -> dict[str, str]:
             "shifted and scaled by their running mean and standard deviation, then "
             f"{_clipped(run.policy.observation_clip)}"
         )
+    return rows
+
+
+def _acting(run: Run) -> dict[str, str]:
+    """Who acts, where it is not the policy that learns, and how many rollouts are learnt from together."""
+    rows: dict[str, str] = {}
+    if run.acting.lag:
+        rows["who acts"] = f"the policy as it was {run.acting.lag} updates ago"
+    if run.acting.behaviour is not None:
+        rows["who acts"] = f"another policy throughout: {run.acting.behaviour}"
+    if run.acting.batches > 1:
+        rows["data"] = f"the rollouts of the last {run.acting.batches} updates together"
     return rows
 
 
