@@ -173,14 +173,6 @@ IN_SURROGATE = (
         "(G - 1) / G of the gradient",
         (GROUP,),
     ),
-    Mutant(
-        "another lambda",
-        SURROGATE,
-        "gae_lambda=gae_lambda, mask=mask)",
-        "gae_lambda=0.5 * gae_lambda, mask=mask)",
-        "leans on the critic more than it says",
-        ("TRPO: GAE, lambda 1; exact critic, on-policy",),
-    ),
 )
 
 IN_ALGORITHMS = (

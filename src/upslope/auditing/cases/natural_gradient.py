@@ -200,23 +200,22 @@ def _by_hand(actor: _Actor, algorithm: TRPO | NPG, gradient: Tensor, psi: Tensor
     start, fisher = flatten(actor.parameters).detach(), _fisher(actor)
     damped = fisher + algorithm.damping * torch.eye(len(start), dtype=_DOUBLE)
     direction = conjugate_gradient(damped.mv, gradient, iterations=algorithm.conjugate_gradient_iterations)
-    natural = algorithm.passes.natural
-    assert natural is not None
-    length = natural.step_size
+    search = isinstance(algorithm, TRPO)
+    length = None if search else algorithm.step_size
     if length is None:
-        assert natural.max_divergence is not None
-        length = math.sqrt(2.0 * natural.max_divergence / float(direction @ fisher @ direction))
+        assert algorithm.max_divergence is not None
+        length = math.sqrt(2.0 * algorithm.max_divergence / float(direction @ fisher @ direction))
     old = _distributions(actor)
     before, fraction, divergence = float(psi.mean()), 1.0, 0.0
-    for _ in range(max(natural.attempts, 1)):
+    for _ in range(algorithm.line_search_attempts if search else 1):
         _put(actor.parameters, start + fraction * length * direction)
         divergence = float(_divergence(actor, old, _distributions(actor)))
         with torch.no_grad():
             ratio = (actor.policy.log_prob(actor.observation, actor.action) - old[1]).exp()
-        helps = float((ratio * psi).mean()) > before and divergence <= (natural.max_divergence or math.inf)
-        if helps or not natural.attempts:
+        helps = float((ratio * psi).mean()) > before and divergence <= (algorithm.max_divergence or math.inf)
+        if helps or not search:
             break
-        fraction *= natural.backtrack
+        fraction *= algorithm.backtrack
     told = torch.tensor([divergence, fraction], dtype=_DOUBLE)
     return torch.cat([flatten(actor.parameters).detach(), told])
 
