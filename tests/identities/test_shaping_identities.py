@@ -71,7 +71,7 @@ def test_the_best_actions_stay_the_best(name: str) -> None:
     close(shaped.action_value[going], (plain.action_value - potential.unsqueeze(-1))[going])
 
 
-WITH_BONUS: dict[str, Algorithm] = {
+WITH_BONUS: dict[str, A2C | GRPO | OneStepActorCritic | PPO | Reinforce | RLOO] = {
     "a2c": A2C(entropy_coefficient=0.1),
     "grpo": GRPO(entropy_coefficient=0.1),
     "one step": OneStepActorCritic(entropy_coefficient=0.1),
