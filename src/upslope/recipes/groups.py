@@ -85,9 +85,9 @@ def cartpole_segment_dpo() -> Run:
         start_from="cartpole-clone",
         environment=EnvironmentConfig(id="CartPole-v1", count=8),
         policy=_ACTOR,
-        algorithm=Preference(beta=0.5, minibatches=4),
-        rollout=SegmentPairsConfig(episodes=400, drawn=5000, length=32, pairs=64),
+        algorithm=Preference(beta=0.5),
+        rollout=SegmentPairsConfig(episodes=1000, drawn=20_000, length=32, pairs=256),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         evaluation=EvaluationConfig(times=5, final_episodes=100),
-        steps=500_000,
+        steps=2_000_000,
     )

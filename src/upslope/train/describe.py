@@ -20,8 +20,8 @@ def describe_run(run: Run | LanguageRun) -> dict[str, str]:
     rows = dict(run.algorithm.describe())
     if run.acting.group_size is not None:
         rows["groups"] = (
-            f"{run.acting.group_size} episodes from one start, by {run.acting.group_start}; they have the world's random "
-            "numbers in common"
+            f"{run.acting.group_size} episodes from one start, by {run.acting.group_start}; the world's random numbers "
+            "are common to them"
         )
     if run.environment.truncation == "as_termination":
         rows["time limits"] = "counted as terminations: no value beyond them, which is biased (for comparison only)"
