@@ -102,6 +102,7 @@ def by_the_book(
     gamma = 1.0 if continuing else GAMMA
     traces = [(np.zeros_like(theta), np.zeros_like(value)) for _ in range(COUNT)]
     after, average = following(given), 0.0
+    assert isinstance(given.observation, torch.Tensor)
     state, action, reward, time = (x.numpy() for x in (given.observation, given.action, given.reward, given.time))
     for t in range(LENGTH):
         moves, slopes, residuals = np.zeros_like(theta), np.zeros_like(value), 0.0
@@ -158,6 +159,7 @@ def test_a_differential_update_is_its_formula(method: A2C | PPO, known: bool, se
     """delta = r - r_bar + V' - V; A and targets from behind; r_bar moved by the mean residual, or found at first."""
     given, generator = experience(seed, ends=False), np.random.default_rng(seed)
     table = generator.normal(size=STATES)
+    assert isinstance(given.observation, torch.Tensor)
     value, after = table[given.observation.numpy()], table[following(given)]
     reward, cut = given.reward.numpy(), given.cut.numpy()
     average = 0.7 if known else float(reward.mean())

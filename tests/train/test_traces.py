@@ -271,8 +271,8 @@ def test_the_step_sizes_are_those_of_the_run() -> None:
         learner.learn(steps, now=Now(), learning_rate=0.01)
         assert policy.critic is not None
         assert before.critic is not None
-        moved.append((policy.critic.layers[-1].bias - before.critic.layers[-1].bias).detach())
-        assert not torch.equal(policy.actor.layers[-1].bias, before.actor.layers[-1].bias)
+        moved.append((policy.critic.tensors()[-1] - before.critic.tensors()[-1]).detach())
+        assert not torch.equal(policy.actor.tensors()[-1], before.actor.tensors()[-1])
     torch.testing.assert_close(moved[1], 3.0 * moved[0])
 
 

@@ -19,7 +19,7 @@ from upslope.exact import problem, solve
 from upslope.policies import ActorCritic, ActorCriticConfig
 from upslope.spaces import Discrete
 
-_ROW_STEPS, _SAMPLES = 3, 8_000
+_ROW_STEPS, _SAMPLES = 2, 3_000
 _PPO = PPO(gamma=1.0, normalize_advantage=False, epochs=1, minibatches=1)
 
 
@@ -41,8 +41,6 @@ def cases() -> Iterator[Case]:
         yield _off(words, algorithm)
     one_pass = AverageReward(method=_PPO)
     yield _case("PPO, sampled", one_pass, "ring", Circumstances(), samples=_SAMPLES)
-    yield _case("PPO, sampled", one_pass, "access-control", Circumstances(), samples=_SAMPLES)
-    yield _case("as it comes", AverageReward(), "ring", Circumstances(), samples=_SAMPLES)
     own = Circumstances(critic="perturbed")
     yield _case("A2C, lambda 1.0, a network", AverageReward(method=A2C(gamma=1.0)), "ring", own, policy=_network())
 

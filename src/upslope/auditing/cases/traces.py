@@ -26,8 +26,8 @@ from upslope.spaces import Discrete
 from upslope.train.traces import TraceLearner
 from upslope.trajectory import Policy, Trajectory
 
-_GAMMA, _LIMIT, _SAMPLES = 0.8, 2, 2_000
-_LAMBDAS = (0.0, 0.5, 1.0)
+_GAMMA, _LIMIT, _SAMPLES = 0.8, 2, 1_000
+_LAMBDAS = (0.5, 1.0)
 _CONTINUING = ActorCriticLambda(gamma=1.0, actor_trace_decay=0.5, average_reward_ratio=0.1)
 
 
@@ -80,7 +80,7 @@ def _case(
     samples: int | None = None,
     policy: ActorCritic | None = None,
 ) -> Case:
-    run = partial(audit, algorithm, on, circumstances=circumstances, samples=samples, policy=policy)
+    run = partial(audit, algorithm, on, circumstances=circumstances, samples=samples, policy=policy, row_steps=2)
     return Case(subject="ActorCriticLambda", setting=f"{words}; {circumstances}", run=run)
 
 
@@ -89,7 +89,7 @@ def _forward(words: str, algorithm: ActorCriticLambda, unit: Unit) -> Case:
 
     def run() -> AuditReport:
         named = problem("ring" if algorithm.continuing else "six-state")
-        setting = FiniteSetting.build(named, gamma=algorithm.gamma, unit=unit, row_steps=3)
+        setting = FiniteSetting.build(named, gamma=algorithm.gamma, unit=unit, row_steps=2)
         return report(
             setting,
             AlgorithmSource(algorithm, state=_state(algorithm, setting.mdp, setting.policy)),
