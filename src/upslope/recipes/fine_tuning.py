@@ -19,7 +19,7 @@ def cartpole_novice() -> Run:
 
 
 def cartpole_fine_tune() -> Run:
-    """PPO on CartPole-v1 from what cartpole-novice made, with KL to that policy and an entropy bonus that falls to 0."""
+    """PPO on CartPole-v1 from what cartpole-novice made: KL to that policy, and an entropy bonus that falls to 0."""
     return replace(
         cartpole_ppo(),
         recipe="cartpole-fine-tune",
