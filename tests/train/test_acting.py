@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_language import COMPLETIONS, some_task, tiny_language
 from tiny_runs import NORMALISED, bits, remains, tiny
 
 from upslope import A2C, PPO, ActorCriticConfig, EnvironmentConfig, ImportanceSampled, Run, StaleData, VTraceActorCritic
 from upslope.errors import OffPolicyError, UsageError
+from upslope.policies import MemoryConfig
 from upslope.train import RolloutConfig, Snapshot, load, resume, save, train
 from upslope.train.acting import joined
 from upslope.train.log import read_metrics
@@ -146,6 +148,11 @@ CASES: dict[str, dict[str, Any]] = {
         "environment": PENDULUM,
         "rollout": replace(STEPS, lag=2, batches=2),
     },
+    "memory": {
+        "algorithm": VTraceActorCritic(),
+        "policy": replace(NORMALISED, memory=MemoryConfig(kind="gru", size=8)),
+        "rollout": replace(STEPS, lag=2, batches=2),
+    },
     "another": {"algorithm": ImportanceSampled(fewest_effective=0.0), "policy": NO_CRITIC, "rollout": EPISODES},
 }
 
@@ -237,3 +244,20 @@ def test_a_policy_that_does_not_fit_is_refused(tmp_path: Path, other: str) -> No
         train(tiny(tmp_path, rollout=replace(STEPS, behaviour=str(tmp_path / "nowhere"))))
     with pytest.raises(UsageError, match="sees other observations"):
         train(tiny(tmp_path, environment=PENDULUM, rollout=replace(STEPS, behaviour=other)))
+
+
+def test_where_another_policy_acts_a_memory_needs_whole_episodes(tmp_path: Path, other: str) -> None:
+    recurrent = ActorCriticConfig(hidden=(8,), memory=MemoryConfig(kind="gru", size=8))
+    algorithm = ImportanceSampled(baseline="critic", fewest_effective=0.0)
+    with pytest.raises(UsageError, match="learn from whole episodes"):
+        train(tiny(tmp_path / "fragments", A2C(), policy=recurrent, rollout=replace(STEPS, behaviour=other)))
+    whole = replace(EPISODES, behaviour=other)
+    train(tiny(tmp_path / "whole", algorithm, policy=recurrent, rollout=whole, steps=200))
+
+
+def test_completions_are_learnt_from_with_importance_weights(tmp_path: Path) -> None:
+    algorithm = ImportanceSampled(gamma=1.0, weights="trajectory", cap=2.0, self_normalised=True)
+    run = tiny_language(tmp_path, algorithm=algorithm, experience=COMPLETIONS, steps=3)
+    train(run, task=some_task())
+    records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
+    assert all(float(record["effective_sample_size"]) == pytest.approx(1.0, abs=1e-3) for record in records)
