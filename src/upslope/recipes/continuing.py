@@ -13,7 +13,7 @@ from upslope.train import EvaluationConfig, OptimizerConfig, RolloutConfig, Run
 
 
 def access_control_actor_critic() -> Run:
-    """Actor-critic(lambda) with an average reward on access control, online, 16 queues: within 5% of the best."""
+    """Actor-critic(lambda) with an average reward on access control, online, 16 queues."""
     return Run(
         recipe="access-control-actor-critic",
         environment=EnvironmentConfig(id="problem/access-control", count=16),

@@ -11,7 +11,7 @@ _ONLINE = RolloutConfig(steps=1)
 
 
 def short_corridor_traces() -> Run:
-    """Actor-critic(lambda) on the short corridor, online, 8 environments with a trace each: a return near -11.66.
+    """Actor-critic(lambda) on the short corridor, online, 8 environments with a trace each.
 
     With lambda = 1 nothing is bootstrapped, which the critic, to which all states look alike, could not do right.
     """
@@ -43,10 +43,7 @@ def cartpole_traces() -> Run:
 
 
 def random_walk_prediction() -> Run:
-    """TD(lambda) prediction on the random walk of 19 states: the critic comes to the values of the even policy.
-
-    The root mean square error of the 19 values, to be seen with `upslope.exact`, ends well below 0.1.
-    """
+    """TD(lambda) prediction on the random walk of 19 states: the critic comes to the values of the even policy."""
     return Run(
         recipe="random-walk-prediction",
         environment=EnvironmentConfig(id="problem/random-walk-19", count=1),
