@@ -15,9 +15,11 @@ from tiny_runs import bits, remains, tiny
 from upslope import (
     A2C,
     PPO,
+    ActorCritic,
     ActorCriticConfig,
     EnvironmentConfig,
     MemoryConfig,
+    OptimizerConfig,
     ReferenceKL,
     Reinforce,
     RolloutConfig,
@@ -26,12 +28,16 @@ from upslope import (
     Snapshot,
 )
 from upslope.errors import UsageError
+from upslope.spaces import Box, Discrete
 from upslope.train import load, resume, train
 from upslope.train.config_file import recorded_frozen
 from upslope.train.log import read_metrics
+from upslope.train.optimizer import FlatOptimizer
 from upslope.train.session import ResumeError
+from upslope.train.starting_weights import Hold
 
 NORMALISED = ActorCriticConfig(hidden=(16,), normalize_observation=True)
+SMALL_NETWORK = ActorCriticConfig(hidden=(4,))
 SMALL = {"policy": NORMALISED, "steps": 256}
 POTENTIAL = """
 import torch
@@ -156,6 +162,22 @@ def test_the_critic_alone_moves_in_the_first_updates(trained: Path, tmp_path: Pa
     for name in before:
         if not name.startswith("observation_normalizer."):
             assert (bits(before[name]) != bits(after[name])) == name.startswith("critic."), name
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_what_was_held_begins_with_steps_of_the_usual_length(kind: Any) -> None:
+    """Adam's first step is as long as the learning rate, and here, where every gradient is 1, so is each of sgd's."""
+    policy = ActorCritic(Box((2,), -1.0, 1.0), Discrete(2), SMALL_NETWORK, generator=torch.Generator().manual_seed(0))
+    optimizer = FlatOptimizer(policy, OptimizerConfig(kind=kind, max_gradient_norm=None))
+    hold = Hold(policy, optimizer, updates=5)
+    for update in range(6):
+        before = {name: entry.detach().clone() for name, entry in policy.named_parameters()}
+        hold.before(update)
+        optimizer.gradient.fill_(1.0)
+        optimizer.step(1e-2)
+        for name, entry in policy.named_parameters():
+            expected = 1e-2 if update == 5 or name.startswith("critic.") else 0.0
+            torch.testing.assert_close(before[name] - entry, torch.full_like(entry, expected), rtol=1e-3, atol=0.0)
 
 
 def test_a_policy_without_a_critic_gets_one(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ class Passes:
         values_first: whether Psi needs the critic's values before the update, where there is a critic.
         kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
             looks at the last minibatch of each pass and stops beyond target_kl.
+        traces: every step moves the parameters along eligibility traces; None for an optimiser's steps on the loss.
         natural: the actor's only step is a natural one, and the critic is fitted apart; None for an optimiser's steps
             on the loss of both.
     """

@@ -6,15 +6,15 @@ import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, cast, final
+from typing import final
 
-import torch
 from torch import Tensor
 
+from upslope.collect.rows import join_rows
 from upslope.errors import UsageError
 from upslope.policies import ActorCritic
 from upslope.train.config import RolloutConfig
-from upslope.trajectory import Observation, Trajectory, Tree, map_observation
+from upslope.trajectory import Trajectory, Tree
 
 
 @final
@@ -43,7 +43,7 @@ class Acting:
         self._policy, self._given = policy, given
         self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=rollout.lag)
         self._stale = copy.deepcopy(policy).requires_grad_(False) if rollout.lag else None
-        self._earlier: deque[Trajectory] = deque(maxlen=rollout.batches - 1)
+        self._earlier: deque[tuple[int, Trajectory]] = deque(maxlen=rollout.batches - 1)
         self._staleness = 0.0
         self._rows_each = 1 if rollout.row_steps is None else (rollout.steps or 0) // rollout.row_steps
 
@@ -59,8 +59,8 @@ class Acting:
     def gather(self, trajectory: Trajectory, update: int, gamma: float) -> Trajectory:
         """What update `update` learns from: its own rollout and those before it that are still used, oldest first.
 
-        `policy_version` is that of who acted in the newest. Rewards are scaled where the policy scales them: those of
-        earlier rollouts by what is known now.
+        `policy_version` is that of who acted in the newest. What an update collected that failed and is begun again is
+        left out. Rewards are scaled where the policy scales them: those of earlier rollouts by what is known now.
 
         Args:
             trajectory: just collected with `policy()`, rewards as the environment gave them.
@@ -72,14 +72,17 @@ class Acting:
         if self._given is not None:
             trajectory = replace(trajectory, memory=None)
         self._remember(update)
-        together = [*self._earlier, trajectory]
+        while self._earlier and self._earlier[-1][0] >= update:
+            self._earlier.pop()
+        before = [rollout for _, rollout in self._earlier]
+        together = [*before, trajectory]
         self._staleness = sum(update - rollout.policy_version for rollout in together) / len(together)
         normalizer = self._policy.reward_normalizer
         scaled = together
         if normalizer is not None:
             newest = replace(trajectory, reward=normalizer.scale(trajectory, gamma, rows_each=self._rows_each))
-            scaled = [*(replace(earlier, reward=normalizer(earlier.reward)) for earlier in self._earlier), newest]
-        self._earlier.append(trajectory)
+            scaled = [*(replace(earlier, reward=normalizer(earlier.reward)) for earlier in before), newest]
+        self._earlier.append((update, trajectory))
         return joined(scaled)
 
     def _remember(self, update: int) -> None:
@@ -108,13 +111,16 @@ class Acting:
         """Older parameters and earlier rollouts, for a checkpoint."""
         return {
             "older": [{"version": version, "tensors": dict(tensors)} for version, tensors in self._older],
-            "earlier": [{f.name: getattr(rollout, f.name) for f in fields(rollout)} for rollout in self._earlier],
+            "earlier": [
+                {"update": update, "rollout": {f.name: getattr(rollout, f.name) for f in fields(rollout)}}
+                for update, rollout in self._earlier
+            ],
         }
 
     def load_state(self, tree: Tree) -> None:
         """Go on from `state()`."""
         self._older.extend((int(entry["version"]), dict(entry["tensors"])) for entry in tree["older"])
-        self._earlier.extend(Trajectory(**entry) for entry in tree["earlier"])
+        self._earlier.extend((int(entry["update"]), Trajectory(**entry["rollout"])) for entry in tree["earlier"])
 
 
 def joined(rollouts: Sequence[Trajectory]) -> Trajectory:
@@ -123,51 +129,13 @@ def joined(rollouts: Sequence[Trajectory]) -> Trajectory:
     Args:
         rollouts: of the same environments, at least one; `policy_version` is that of the last.
     """
-    last = rollouts[-1]
     if len(rollouts) == 1:
-        return last
-    steps = max(rollout.shape[1] for rollout in rollouts)
-    indices, groups, row, label = list[Tensor](), list[Tensor](), 0, 0
+        return rollouts[0]
+    parts, label = list[Trajectory](), 0
     for rollout in rollouts:
-        rows, own_steps = rollout.shape
-        place = rollout.final_index
-        indices.append((place // own_steps + row) * steps + place % own_steps)
-        if rollout.group is not None and rows:
-            groups.append(rollout.group - rollout.group.min() + label)
-            label = int(groups[-1].max()) + 1
-        row += rows
-    per_step: dict[str, Any] = {
-        name: _stacked([_padded(getattr(rollout, name), steps) for rollout in rollouts])
-        for name in ("observation", "action", "reward", "terminated", "truncated", "mask", "behaviour_log_prob", "time")
-    }
-    return replace(
-        last,
-        **per_step,
-        final_observation=_stacked([rollout.final_observation for rollout in rollouts]),
-        final_index=torch.cat(indices),
-        group=torch.cat(groups) if groups else None,
-        memory=None if last.memory is None else _stacked([_memory(rollout) for rollout in rollouts]),
-    )
-
-
-def _padded(entry: Observation, steps: int) -> Observation:
-    """[B, T, ...] with zeros up to `steps` positions."""
-
-    def pad(tensor: Tensor) -> Tensor:
-        missing = steps - tensor.shape[1]
-        return torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1) if missing else tensor
-
-    return map_observation(pad, entry)
-
-
-def _stacked(entries: Sequence[Observation]) -> Observation:
-    first = entries[0]
-    if isinstance(first, dict):
-        named = cast("Sequence[dict[str, Tensor]]", entries)
-        return {name: torch.cat([entry[name] for entry in named]) for name in first}
-    return torch.cat(list(cast("Sequence[Tensor]", entries)))
-
-
-def _memory(rollout: Trajectory) -> Observation:
-    assert rollout.memory is not None
-    return rollout.memory
+        group = rollout.group
+        if group is not None and len(group):
+            group = group - group.min() + label
+            label = int(group.max()) + 1
+        parts.append(replace(rollout, group=group))
+    return replace(join_rows(parts), policy_version=rollouts[-1].policy_version)

@@ -120,6 +120,10 @@ class FlatOptimizer:
             )
         return norm
 
+    def restart(self) -> None:
+        """Forget the moments, as though no step had been taken."""
+        self._optimizer.state.clear()
+
     def state(self) -> Tree:
         """The moments and counters, for a checkpoint."""
         moments = self._optimizer.state[self.flat]

@@ -261,6 +261,10 @@ def check_hashes(found: dict[str, str], recorded: dict[str, str]) -> None:
 class Hold:
     """Keeps all but the critic's own parameters where they are during the first updates of a run.
 
+    When they are let go the optimiser begins anew. Adam corrects its moments by the number of steps taken, which is the
+    same for all parameters: those that were held, whose moments are still 0, would begin with steps several times too
+    long.
+
     Args:
         policy: whose parameters the optimiser holds.
         optimizer: of its flat buffer.
@@ -275,6 +279,8 @@ class Hold:
     def before(self, update: int) -> None:
         """Hold on, or let go."""
         self._optimizer.held = self._held if update < self._updates else None
+        if self._updates and update == self._updates:
+            self._optimizer.restart()
 
 
 def _needs_reference(run: Run) -> bool:
