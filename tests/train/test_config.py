@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from upslope.algorithms import PPO, Reinforce
+from upslope.algorithms import PPO, AverageReward, Reinforce
+from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.collect import EnvironmentConfig
 from upslope.policies import ActorCriticConfig
 from upslope.train import OptimizerConfig, RolloutConfig, Run
@@ -21,6 +22,14 @@ UNKNOWN: Any = "adagrad"
         ({"optimizer": OptimizerConfig(schedule=UNKNOWN)}, r"OptimizerConfig\.schedule must be one of"),
         ({"policy": ActorCriticConfig(activation=UNKNOWN)}, r"ActorCriticConfig\.activation must be one of 'tanh'"),
         ({"environment": EnvironmentConfig(vectorization=UNKNOWN)}, r"EnvironmentConfig\.vectorization must be one of"),
+        (
+            {"algorithm": PPO(reference_kl=ReferenceKL(coefficient=0.1, estimator=UNKNOWN))},
+            r"ReferenceKL\.estimator must be one of 'k1', 'k2', 'k3', 'exact', None, got 'adagrad'",
+        ),
+        (
+            {"algorithm": AverageReward(method=PPO(gamma=1.0, clip_schedule=UNKNOWN)), "rollout": RolloutConfig()},
+            r"PPO\.clip_schedule must be one of",
+        ),
     ],
 )
 def test_a_word_that_no_setting_knows_is_refused(parts: dict[str, Any], message: str) -> None:
@@ -68,6 +77,7 @@ def test_numbers_of_the_environment(settings: dict[str, Any], message: str) -> N
         ({"threads": 0}, "threads must be at least 1"),
         ({"threads": 1_000_000}, "threads must be at most 1024"),
         ({"algorithm": PPO(gae_lambda=1.5)}, "gae_lambda lies between 0 and 1, got 1.5"),
+        ({"algorithm": AverageReward(method=PPO(gamma=1.0, gae_lambda=1.5))}, "gae_lambda lies between 0 and 1"),
         ({"algorithm": PPO(entropy_coefficient=float("nan"))}, r"PPO\.entropy_coefficient must be a finite number"),
         (
             {"optimizer": OptimizerConfig(learning_rate=float("inf"))},

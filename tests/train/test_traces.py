@@ -115,6 +115,18 @@ def test_prediction_leaves_the_policy_alone() -> None:
     assert policy.value.tolist() == pytest.approx([0.2, 0.0, 0.0])
 
 
+def test_prediction_leaves_what_actor_and_critic_share_alone(tmp_path: Path) -> None:
+    policy = ActorCriticConfig(hidden=(8,), shared=True, normalize_observation=True)
+    seen: list[dict[str, Tensor]] = []
+
+    def look(snapshot: Snapshot[Any, Any]) -> None:
+        seen.append({name: tensor.clone() for name, tensor in snapshot.policy.state_dict().items()})
+
+    train(tiny(tmp_path, TDLambda(), policy=policy, rollout=ONLINE, steps=64), callbacks=[look])
+    for name, before in seen[0].items():
+        assert (bits(before) == bits(seen[-1][name])) != name.startswith("critic."), name
+
+
 def test_an_average_reward_is_not_that_of_episodes() -> None:
     algorithm = ActorCriticLambda(gamma=1.0, average_reward_ratio=0.5)
     _, learner = tabular(algorithm)
@@ -230,13 +242,15 @@ def test_rows_of_several_steps_are_refused() -> None:
         (TDLambda(), {"rollout": RolloutConfig(steps=None, episodes=4)}, "rollout.steps to 1"),
         (TDLambda(), {"optimizer": OptimizerConfig(micro_batches=2)}, "micro_batches to 1"),
         (TDLambda(), {"policy": ActorCriticConfig(critic=False)}, "needs a critic"),
+        (ActorCriticLambda(), {"rollout": RolloutConfig(steps=1, batches=2)}, "rollout.batches to 1"),
+        (TDLambda(), {"optimizer": OptimizerConfig(kind="adamw", weight_decay=0.1)}, "weight_decay to 0"),
         (
             ActorCriticLambda(gamma=1.0, average_reward_ratio=0.1),
             {"policy": ActorCriticConfig(normalize_reward=True)},
             "normalize_reward",
         ),
     ],
-    ids=["fragments", "episodes", "micro_batches", "no_critic", "scaled_rewards"],
+    ids=["fragments", "episodes", "micro_batches", "no_critic", "batches", "weight_decay", "scaled_rewards"],
 )
 def test_runs_that_have_no_meaning(algorithm: Algorithm, changes: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):

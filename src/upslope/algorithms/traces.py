@@ -27,7 +27,10 @@ from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TDLambda:
-    """TD(lambda) prediction: the critic learns the values of the policy there is, which stays as it is."""
+    """TD(lambda) prediction: the critic learns the values of the policy there is, which stays as it is.
+
+    What the two share and the normaliser of observations, which are part of the policy, stay too.
+    """
 
     gamma: float = 0.99
     """Discount factor per step."""
@@ -197,7 +200,8 @@ class ActorCriticLambda:
             "state weights": kept,
             "advantage scale": "none",
             "ratio": "none (score function)",
-            "value error": f"{residual} along the trace(lambda={self.critic_trace_decay}), {self.value_ratio} x the step",
+            "value error": f"{residual} along the trace(lambda={self.critic_trace_decay}), "
+            f"{self.value_ratio} x the step",
             "reduction": "mean over the environments' traces",
             "passes": "1 step per step of each environment",
         }

@@ -83,6 +83,7 @@ class ControlSession:
         self.most_entropy = _most_entropy(environments.action_space)
         self.collector = build_experience(run, environments, self.policy)
         self.algorithm = run.algorithm
+        self.still = run.algorithm.target.gradient == "prediction"
         self.algorithm_state = self.algorithm.initial_state()
         self.update = 0
         self.steps = 0
@@ -122,7 +123,8 @@ class ControlSession:
             meter=self.meter,
             reference=self.beginning.reference,
         )
-        policy.observe(trajectory)
+        if not self.still:
+            policy.observe(trajectory)
         self.algorithm_state = learned.state
         self.update += 1
         self.steps += taken

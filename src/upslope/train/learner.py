@@ -86,7 +86,15 @@ class GradientLearner:
 
 
 def learner_of(policy: ActorCritic, algorithm: Algorithm, optimizer: FlatOptimizer) -> Learner:
-    """Who learns as the algorithm declares: by eligibility traces, or by the gradient of its loss."""
-    if algorithm.passes.traces is not None:
-        return TraceLearner(policy, algorithm, optimizer, **actor_and_critic(policy))
-    return GradientLearner(policy, algorithm, optimizer)
+    """Who learns as the algorithm declares: by eligibility traces, or by the gradient of its loss.
+
+    Where the critic alone learns, what it shares with the actor stays as it is.
+    """
+    traces = algorithm.passes.traces
+    if traces is None:
+        return GradientLearner(policy, algorithm, optimizer)
+    parts = actor_and_critic(policy)
+    if traces.actor_decay is None:
+        for_actions = {id(parameter) for parameter in parts["actor"]}
+        parts["critic"] = [parameter for parameter in parts["critic"] if id(parameter) not in for_actions]
+    return TraceLearner(policy, algorithm, optimizer, **parts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MOST_THREADS = 1024
@@ -20,9 +21,12 @@ def at_least(least: int, **settings: float) -> None:
 
 
 def check_numbers(settings: Any) -> None:
-    """Refuse NaN, infinity, and a lambda outside 0 to 1."""
+    """Refuse NaN, infinity, and a lambda outside 0 to 1, in settings within settings as well."""
     for entry in fields(settings):
-        value = getattr(settings, entry.name)
+        value: Any = getattr(settings, entry.name)
+        if is_dataclass(value):
+            check_numbers(value)
+            continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{type(settings).__name__}.{entry.name} must be a finite number, got {value}")
         if entry.name == "gae_lambda" and not 0.0 <= value <= 1.0:
@@ -36,12 +40,25 @@ def check_gamma(gamma: float) -> None:
 
 
 def check_choices(settings: Any) -> None:
-    """Refuse a word that is none of those a setting may be."""
+    """Refuse a word that is none of those a setting may be, in settings within settings as well."""
     for name, kind in get_type_hints(type(settings)).items():
         chosen = getattr(settings, name)
-        if get_origin(kind) is Literal and chosen not in get_args(kind):
-            choices = ", ".join(map(repr, get_args(kind)))
+        if is_dataclass(chosen):
+            check_choices(chosen)
+        known = _words(kind)
+        if known and chosen not in known:
+            choices = ", ".join(map(repr, known))
             raise ValueError(f"{type(settings).__name__}.{name} must be one of {choices}, got {chosen!r}")
+
+
+def _words(kind: Any) -> tuple[Any, ...]:
+    """What a setting of this type may be, where that is a word of several, or None; else nothing."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    parts = get_args(kind)
+    if NoneType not in parts or any(part is not NoneType and get_origin(part) is not Literal for part in parts):
+        return ()
+    return (*(word for part in parts for word in get_args(part)), None)
 
 
 def check_threads(threads: int) -> None:
@@ -63,6 +80,12 @@ def check_endless(run: Any) -> None:
             raise ValueError(
                 f"{name} learns from single steps, which cannot be split: set optimizer.micro_batches to 1"
             )
+        if run.rollout.batches != 1:
+            raise ValueError(f"a trace follows the steps of one environment once: set rollout.batches to 1 with {name}")
+    if algorithm.target.gradient == "prediction" and run.optimizer.weight_decay:
+        raise ValueError(
+            f"{name} leaves the policy as it is, and weight_decay would move it: set optimizer.weight_decay to 0"
+        )
     if algorithm.target.gradient == "average_reward":
         if getattr(run.rollout, "steps", None) is None:
             raise ValueError(f"{name} learns in a task without end: set rollout.steps, and rollout.episodes to None")
