@@ -81,6 +81,7 @@ class _Open:
     watched: dict[int, Watched]
     judged: dict[int, dict[int, float]] = field(default_factory=dict[int, dict[int, float]])
     final: dict[int, float] = field(default_factory=dict[int, float])
+    figures: set[str] = field(default_factory=set[str])
     running: set[int] = field(default_factory=set[int])
     reported: int = 0
     given_up: bool = False
@@ -219,7 +220,7 @@ class Study:
             if one.judged.get(seed):
                 one.final[seed] = one.judged[seed][max(one.judged[seed])]
             else:
-                one.error = f"seed {seed} was never evaluated: set evaluation.times or evaluation.final_episodes"
+                one.error = _unjudged(seed, self.metric, one.figures)
         elif not one.given_up and not one.error:
             cause = f"signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}"
             one.error = f"seed {seed}: {ended.last_words() or cause}"
@@ -229,6 +230,7 @@ class Study:
         for record in one.watched[seed].new():
             if record.get("kind") == "evaluation":
                 metric = self.metric or self._decide(record)
+                one.figures |= {name for name, figure in record.items() if isinstance(figure, float)}
                 value = record.get(metric)
                 if isinstance(value, float | int):
                     one.judged.setdefault(seed, {})[int(record["step"])] = self.sign * float(value)
@@ -304,6 +306,13 @@ def importances(study: Study) -> dict[str, float]:
 def shares(found: dict[str, float], names: Sequence[str]) -> dict[str, float]:
     """The importances of the settings that are searched, largest first."""
     return {name: found[name] for name in sorted(found, key=lambda name: -found[name]) if name in names}
+
+
+def _unjudged(seed: int, metric: str | None, figures: set[str]) -> str:
+    """Why nothing is known of a seed that came to its end."""
+    if not figures:
+        return f"seed {seed} was never evaluated: set evaluation.times or evaluation.final_episodes"
+    return f"no evaluation of seed {seed} has the figure {metric!r}: name one of {', '.join(sorted(figures))}"
 
 
 def _pruner(plan: Plan) -> optuna.pruners.BasePruner:
