@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness import Mutant
 
 TRAJECTORY, STEP, ROLLOUT = "upslope.trajectory", "upslope.train.step", "upslope.collect.rollout"
+BATCHES = "upslope.train.batches"
 REINFORCE, ACTOR_CRITIC = "upslope.algorithms.reinforce", "upslope.algorithms.actor_critic"
 PPO = "upslope.algorithms.ppo"
 
@@ -403,15 +404,15 @@ IN_STEP = (
     Mutant(
         "weights per micro-batch",
         STEP,
-        "piece = minibatch if parts == 1 else _micro_batch(minibatch, part, parts, together)",
-        "piece = minibatch if parts == 1 else algorithm.prepare(_micro_batch(minibatch, part, parts, together))",
+        "        loss.value.backward()",
+        "        (loss.value / piece.share).backward()",
         "each piece divides by its own steps",
         (),
         (SPLITS,),
     ),
     Mutant(
         "micro-batches lose the remainder",
-        STEP,
+        BATCHES,
         "slice(count * part // parts * together, count * (part + 1) // parts * together)",
         "slice(count // parts * part * together, count // parts * (part + 1) * together)",
         "the last steps are left out where sizes do not divide",
@@ -420,7 +421,7 @@ IN_STEP = (
     ),
     Mutant(
         "every micro-batch counts in full",
-        STEP,
+        BATCHES,
         "share=int(piece.mask.sum()) / int(batch.mask.sum())",
         "share=1.0",
         "metrics are added up as if each piece were the whole",
@@ -429,7 +430,7 @@ IN_STEP = (
     ),
     Mutant(
         "micro-batches share by rows",
-        STEP,
+        BATCHES,
         "share=int(piece.mask.sum()) / int(batch.mask.sum())",
         "share=len(piece.mask) / len(batch.mask)",
         "rows with more hidden steps count as much as others in the metrics",
@@ -438,8 +439,8 @@ IN_STEP = (
     ),
     Mutant(
         "the step drops its mask",
-        STEP,
-        "return flat if bool(flat.mask.all()) else _select(flat, flat.mask.nonzero().squeeze(-1))",
+        BATCHES,
+        "return flat if bool(flat.mask.all()) else select_units(flat, flat.mask.nonzero().squeeze(-1))",
         "return flat",
         "steps that nobody chose reach the network",
         (),
@@ -447,9 +448,9 @@ IN_STEP = (
     ),
     Mutant(
         "shuffling loses the advantages",
-        STEP,
-        "shuffled = _select(batch, order)",
-        "shuffled = replace(_select(batch, order), advantage=batch.advantage)",
+        BATCHES,
+        "shuffled = select_units(batch, order)",
+        "shuffled = replace(select_units(batch, order), advantage=batch.advantage)",
         "advantages stay where they were while steps move",
         ("drawn: four minibatches",),
     ),

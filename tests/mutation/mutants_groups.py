@@ -6,7 +6,6 @@ from harness import Mutant
 
 GROUPS, SEGMENTS, RECORDED = "upslope.collect.groups", "upslope.collect.segments", "upslope.collect.recorded"
 ROWS = "upslope.collect.rows"
-SAMPLED = "RLOO: groups of episodes, as it comes, sampled; on-policy"
 PAIRED = "Preference: sigmoid, segments of episodes preferred by return"
 CLONED = "SFT: trajectory_sum, episodes of another agent"
 
@@ -23,10 +22,10 @@ IN_GROUPS_OF_EPISODES: tuple[Mutant, ...] = (
     Mutant(
         "every episode begins elsewhere",
         GROUPS,
-        "own = None if seeds is None else [seeds[index] for index in self._leader.tolist()]",
-        "own = seeds",
-        "each environment keeps its own seed",
-        (SAMPLED,),
+        "self._leader = np.arange(environments.num_envs) // size * size",
+        "self._leader = np.arange(environments.num_envs)",
+        "each environment leads itself",
+        (),
         ("test_group_i_is_of_rows_that_begin_alike",),
     ),
 )

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from upslope import (
     A2C,
     PPO,
+    ActorCritic,
     ActorCriticConfig,
     CheckpointConfig,
     EvaluationConfig,
     LogConfig,
+    MemoryConfig,
     OptimizerConfig,
     Reinforce,
     RolloutConfig,
@@ -30,9 +32,12 @@ from upslope.algorithms import Algorithm, Loss, Now
 from upslope.algorithms.protocol import State
 from upslope.diagnostics import Meter, verdicts
 from upslope.recipes import cartpole_ppo
+from upslope.spaces import Box, Discrete
 from upslope.train import resume, train
 from upslope.train.checkpoint import latest_checkpoint
+from upslope.train.control import _actor_gradient  # pyright: ignore[reportPrivateUsage]
 from upslope.train.log import Value, read_metrics
+from upslope.train.optimizer import FlatOptimizer
 from upslope.trajectory import Batch, Evaluation
 
 HEALTHY = PPO(gamma=0.9, gae_lambda=0.8, epochs=10, minibatches=2)
@@ -274,3 +279,34 @@ def test_a_meter_goes_on_from_its_state() -> None:
     tree = meter.state()
     other.load_state(tree)
     assert bits(other.state()) == bits(tree)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"actor."}),
+        ({"critic": False}, {"actor."}),
+        ({"shared": True}, {"actor."}),
+        ({"shared": True, "critic": False}, {"torso.", "actor."}),
+        ({"memory": MemoryConfig(size=4)}, {"memory.actor.", "actor."}),
+        ({"memory": MemoryConfig(size=4, shared=True)}, {"actor."}),
+        ({"memory": MemoryConfig(size=4), "critic": False}, {"memory.actor.", "actor."}),
+        ({"image": True}, {"encoder.", "actor."}),
+        ({"image": True, "memory": MemoryConfig(size=4)}, {"encoder.", "memory.actor.", "actor."}),
+        ({"image": True, "memory": MemoryConfig(size=4, shared=True)}, {"actor."}),
+        ({"shared": True, "memory": MemoryConfig(size=4)}, {"memory.actor.", "actor."}),
+    ],
+    ids=str,
+)
+def test_the_gradient_that_is_watched_is_that_of_the_actor_alone(changes: dict[str, Any], expected: set[str]) -> None:
+    """All of what only the actor uses, and nothing that the critic's error moves."""
+    image = "image" in changes
+    seen = Box((36, 36, 1), 0.0, 255.0, "uint8") if image else Box((3,), -1.0, 1.0)
+    config = ActorCriticConfig(hidden=(4,), **{name: entry for name, entry in changes.items() if name != "image"})
+    policy = ActorCritic(seen, Discrete(2), config, generator=torch.Generator().manual_seed(0))
+    optimizer = FlatOptimizer(policy, OptimizerConfig())
+    for name, parameter in policy.named_parameters():
+        parameter.grad.fill_(float(any(name.startswith(prefix) for prefix in expected)))  # type: ignore[union-attr]
+    parts = torch.cat(_actor_gradient(policy, optimizer))
+    assert parts.all()
+    assert len(parts) == int(optimizer.gradient.sum())

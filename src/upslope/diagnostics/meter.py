@@ -57,15 +57,20 @@ class Meter:
     gradients compared. In an update of a single optimiser step all ratios are 1, and not reported beyond the first.
 
     Args:
-        gradient: [P] where the gradients of the parameters that serve the actor alone lie after each backward pass.
+        gradient: [P] where the gradients of the parameters that serve the actor alone lie after each backward pass;
+            its parts, if they do not lie side by side.
     """
 
-    def __init__(self, gradient: Tensor) -> None:
-        self._gradient = gradient
+    def __init__(self, *gradient: Tensor) -> None:
+        self._parts = gradient
         self._within, self._between = SmoothedNoise(decay=_DECAY_WITHIN), SmoothedNoise(decay=_DECAY_BETWEEN)
         self._successive = SuccessiveNoise()
         self._looking = False
         self._forget()
+
+    @property
+    def _gradient(self) -> Tensor:
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
 
     def _forget(self) -> None:
         self._minibatches: MinibatchNoise | None = None

@@ -79,7 +79,7 @@ class ControlSession:
         self.hold = Hold(self.policy, optimizer, run.critic_first)
         self.learner = learner_of(self.policy, run.algorithm, optimizer)
         watched = run.log.diagnose_every and run.algorithm.passes.traces is None
-        self.meter = Meter(_actor_gradient(self.policy, optimizer)) if watched else None
+        self.meter = Meter(*_actor_gradient(self.policy, optimizer)) if watched else None
         self.most_entropy = _most_entropy(environments.action_space)
         self.collector = build_experience(run, environments, self.policy)
         self.algorithm = run.algorithm
@@ -226,21 +226,25 @@ class ControlSession:
         self.collector.close()
 
 
-def _actor_gradient(policy: ActorCritic, optimizer: FlatOptimizer) -> Tensor:
-    """The gradient of what serves the actor alone: parameters shared with the critic hear its error, too."""
-    modules = [policy.actor]
-    if policy.critic is None:
-        modules = [policy.encoder, *([] if policy.torso is None else [policy.torso]), policy.actor]
-    elif policy.critic_encoder is not None:
-        modules = [policy.encoder, policy.actor]
+def _actor_gradient(policy: ActorCritic, optimizer: FlatOptimizer) -> list[Tensor]:
+    """The gradients of what serves the actor alone, in one piece or several: shared parameters hear the critic, too."""
+    modules: list[nn.Module] = [policy.actor]
+    if policy.critic is None or policy.critic_encoder is not None:
+        modules.append(policy.encoder)
+    if policy.critic is None and policy.torso is not None:
+        modules.append(policy.torso)
+    if policy.memory is not None and (policy.critic is None or policy.memory.critic is not None):
+        modules.append(policy.memory.actor)
     own = {id(parameter) for module in modules for parameter in module.parameters()}
-    start = end = position = 0
+    spans, position = list[tuple[int, int]](), 0
     for parameter in policy.parameters():
         if parameter.requires_grad:
+            end = position + parameter.numel()
             if id(parameter) in own:
-                start, end = (start if end else position), position + parameter.numel()
-            position += parameter.numel()
-    return optimizer.gradient[start:end]
+                joins = bool(spans) and spans[-1][1] == position
+                spans.append((spans.pop()[0] if joins else position, end))
+            position = end
+    return [optimizer.gradient[start:end] for start, end in spans]
 
 
 def _most_entropy(space: Space) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -15,8 +15,9 @@ from upslope.algorithms.protocol import Algorithm, Now, Passes, State
 from upslope.diagnostics import Meter, explained_variance
 from upslope.errors import UsageError
 from upslope.estimators import k3
+from upslope.train.batches import chosen_steps, cut_minibatches, micro_batches, select_units
 from upslope.train.natural import natural_update
-from upslope.trajectory import Batch, Policy, Signal, Trajectory, map_observation
+from upslope.trajectory import Batch, Policy, Signal, Trajectory
 
 
 class Stepper(Protocol):
@@ -111,7 +112,7 @@ def learn(
             value, _, signal = _signal(policy, algorithm, trajectory, now)
             batch = replace(batch, **_signal_like(batch, trajectory, signal))
         going = True
-        for minibatch in _minibatches(batch, passes, generator):
+        for minibatch in cut_minibatches(batch, passes, generator):
             if not bool(minibatch.mask.any()):
                 continue
             minibatch = _prepared(policy, algorithm, minibatch)
@@ -132,9 +133,9 @@ def learn(
                 minibatch,
                 now,
                 learning_rate=learning_rate,
-                first=_select(minibatch, slice(0, 1)),
-                pieces=partial(_pieces, parts=optimizer.micro_batches, together=passes.together),
-                minibatches=partial(_minibatches, passes=cut, generator=generator),
+                first=select_units(minibatch, slice(0, 1)),
+                pieces=partial(micro_batches, parts=optimizer.micro_batches, together=passes.together),
+                minibatches=partial(cut_minibatches, passes=cut, generator=generator),
             )
             totals.add_norm(norm)
         if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
@@ -224,7 +225,7 @@ def _batch(
         hidden = ~trajectory.mask
         batch = replace(batch, behaviour_log_prob=batch.behaviour_log_prob.masked_fill(hidden, 0.0))
     elif not passes.whole_episodes:
-        batch = _chosen(batch)
+        batch = chosen_steps(batch)
     if passes.reference == "distribution" and reference is not None:
         with torch.no_grad():
             batch = replace(batch, reference_distribution=reference.evaluate(batch).distribution.detach())
@@ -241,13 +242,6 @@ def _needs_proximal(passes: Passes) -> bool:
     return passes.proximal_in_prepare or (passes.proximal and passes.epochs * passes.minibatches > 1)
 
 
-def _chosen(batch: Batch) -> Batch:
-    """The chosen steps [M] of whole rows [B, T]: what was not chosen is no input of any network or loss."""
-    steps = batch.mask.numel()
-    flat = _map(replace(batch, memory=None), lambda tensor: tensor.reshape(steps, *tensor.shape[2:]))
-    return flat if bool(flat.mask.all()) else _select(flat, flat.mask.nonzero().squeeze(-1))
-
-
 def _signal_like(batch: Batch, trajectory: Trajectory, signal: Signal) -> dict[str, Tensor | None]:
     """The parts of a signal shaped as the batch holds them: whole rows, or the chosen steps alone."""
     if batch.mask.dim() > 1:
@@ -259,87 +253,11 @@ def _signal_like(batch: Batch, trajectory: Trajectory, signal: Signal) -> dict[s
     }
 
 
-def _minibatches(batch: Batch, passes: Passes, generator: np.random.Generator) -> Iterator[Batch]:
-    """Shuffle once per pass, then cut into parts whose sizes differ by one at most."""
-    together = passes.together
-    count, unit = batch.mask.shape[0] // together, "steps" if batch.mask.dim() == 1 else "rows"
-    if passes.minibatches == 1:
-        yield batch
-        return
-    if together > 1:
-        unit = f"sets of {together} rows"
-    if count < passes.minibatches:
-        raise UsageError(
-            f"{count} {unit} cannot be cut into {passes.minibatches} minibatches: collect more {unit} per update, or "
-            "lower algorithm.minibatches"
-        )
-    order = torch.from_numpy(generator.permutation(count))
-    if together > 1:
-        order = (order.unsqueeze(-1) * together + torch.arange(together)).flatten()
-    shuffled = _select(batch, order)
-    for part in range(passes.minibatches):
-        yield _part(shuffled, part, passes.minibatches, together)
-
-
-def _part(batch: Batch, part: int, parts: int, together: int) -> Batch:
-    count = batch.mask.shape[0] // together
-    return _select(batch, slice(count * part // parts * together, count * (part + 1) // parts * together))
-
-
-def _pieces(batch: Batch, parts: int, together: int) -> Iterator[Batch]:
-    """The micro-batches of an optimiser step that hold any chosen step."""
-    parts = min(parts, batch.mask.shape[0] // together)
-    for part in range(parts):
-        piece = batch if parts == 1 else _micro_batch(batch, part, parts, together)
-        if piece.mask.dim() == 1 or bool(piece.mask.any()):
-            yield piece
-
-
-def _micro_batch(batch: Batch, part: int, parts: int, together: int) -> Batch:
-    piece = _part(batch, part, parts, together)
-    return replace(piece, share=int(piece.mask.sum()) / int(batch.mask.sum()))
-
-
-def _select(batch: Batch, index: Tensor | slice) -> Batch:
-    chosen = _map(batch, lambda tensor: tensor[index])
-    acting, reference = batch.behaviour_distribution, batch.reference_distribution
-    if acting is None and reference is None:
-        return chosen
-    return replace(
-        chosen,
-        behaviour_distribution=None if acting is None else acting.select(index),
-        reference_distribution=None if reference is None else reference.select(index),
-    )
-
-
-def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    def maybe(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else function(tensor)
-
-    return Batch(
-        observation=map_observation(function, batch.observation),
-        action=function(batch.action),
-        mask=function(batch.mask),
-        behaviour_log_prob=function(batch.behaviour_log_prob),
-        advantage=function(batch.advantage),
-        value_target=maybe(batch.value_target),
-        behaviour_value=maybe(batch.behaviour_value),
-        behaviour_distribution=batch.behaviour_distribution,
-        weight=function(batch.weight),
-        reference_log_prob=maybe(batch.reference_log_prob),
-        reference_distribution=batch.reference_distribution,
-        proximal_log_prob=maybe(batch.proximal_log_prob),
-        reference_point=maybe(batch.reference_point),
-        time=maybe(batch.time),
-        memory=None if batch.memory is None else map_observation(function, batch.memory),
-    )
-
-
 def _prepared(policy: Policy, algorithm: Algorithm, minibatch: Batch) -> Batch:
     """Weights and advantages of one optimiser step; rows stay whole only where the policy or the loss needs them."""
     minibatch = algorithm.prepare(minibatch)
     rows = policy.sequential or algorithm.passes.whole_rows
-    return _chosen(minibatch) if minibatch.mask.dim() > 1 and not rows else minibatch
+    return chosen_steps(minibatch) if minibatch.mask.dim() > 1 and not rows else minibatch
 
 
 def _differentiate(
@@ -354,7 +272,7 @@ def _differentiate(
     """Leave the gradient of one optimiser step where the optimiser looks for it."""
     optimizer.zero_gradient()
     metrics: dict[str, Tensor] = {}
-    for piece in _pieces(minibatch, optimizer.micro_batches, algorithm.passes.together):
+    for piece in micro_batches(minibatch, optimizer.micro_batches, algorithm.passes.together):
         evaluation = policy.evaluate(piece)
         if totals.measure_mismatch:
             apart = _mismatch(piece, evaluation.log_prob)
