@@ -89,6 +89,10 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "PPO": {"algorithm": PPO(minibatches=1), "experience": COMPLETIONS, "model": WITH_VALUE_HEAD},
     "TRPO": {"algorithm": TRPO(gamma=1.0, psi="reward_to_go"), **NATURAL},
     "NPG": {"algorithm": NPG(gamma=1.0, psi="reward_to_go"), **NATURAL},
+    "ImportanceSampled": {
+        "algorithm": ImportanceSampled(gamma=1.0, fewest_effective=0.0),
+        "experience": COMPLETIONS,
+    },
     "SFT": {"algorithm": SFT(), "experience": DemonstrationConfig(rows=4)},
     "Preference": {"algorithm": Preference(), "experience": PairConfig(pairs=2), "reference": "start"},
     "KTO": {"algorithm": KTO(), "experience": PairConfig(pairs=2), "reference": "start"},
@@ -105,15 +109,19 @@ ENVIRONMENTS = {
     "discrete": EnvironmentConfig(id="CartPole-v1", count=4, time_limit=40),
     "continuous": EnvironmentConfig(id="Pendulum-v1", count=4, time_limit=8),
     "masks": EnvironmentConfig(id="Gated-v0", count=4, vectorization="sync", action_mask="info"),
+    "continuing masks": EnvironmentConfig(id="EndlessGated-v0", count=4, vectorization="sync", action_mask="info"),
 }
 Given = Callable[[str], Path]
 
 
 class Gated(gymnasium.Env[np.ndarray, np.int64]):
-    """Eight steps; one of three actions is invalid at each, and taking it is an error."""
+    """Eight steps, or no end; one of three actions is invalid at each, and taking it is an error."""
 
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
     action_space = gymnasium.spaces.Discrete(3)
+
+    def __init__(self, steps: int | None = 8) -> None:
+        self._steps = steps
 
     def _seen(self) -> tuple[np.ndarray, dict[str, Any]]:
         self._mask = np.arange(3) != self._time % 3
@@ -128,10 +136,11 @@ class Gated(gymnasium.Env[np.ndarray, np.int64]):
         assert self._mask[action], "an invalid action was taken"
         self._time += 1
         seen, info = self._seen()
-        return seen, float(action), self._time == 8, False, info
+        return seen, float(action), self._time == self._steps, False, info
 
 
 gymnasium.register("Gated-v0", lambda **_: Gated())
+gymnasium.register("EndlessGated-v0", lambda **_: Gated(steps=None))
 
 
 def table() -> list[tuple[str, str]]:
@@ -170,7 +179,8 @@ def control_run(name: str, column: str, given: Given, directory: Path) -> Run:
     """A few updates of an algorithm in an environment of the kind that the column names."""
     world = {"control": "discrete", "memory": "discrete", "off-policy": "discrete"}.get(column, column)
     if name == "AverageReward":
-        world = {"tables": "continuing tables", "discrete": "continuing tables"}.get(world, world)
+        endless = {"tables": "continuing tables", "discrete": "continuing tables", "masks": "continuing masks"}
+        world = endless.get(world, world)
         world = "continuous" if column == "control" else world
     algorithm, changes = CONTROL[name], dict[str, Any]()
     if column == "off-policy" and name in OFF_POLICY:
@@ -199,7 +209,7 @@ def control_run(name: str, column: str, given: Given, directory: Path) -> Run:
         algorithm=algorithm,
         rollout=rollout,
         optimizer=optimizer,
-        steps=96 if isinstance(rollout, RolloutConfig) and rollout.steps else 1200,
+        steps=96 if isinstance(rollout, RolloutConfig) and rollout.steps else 200,
         directory=directory,
         **QUIET,
     )

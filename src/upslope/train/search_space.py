@@ -17,7 +17,6 @@ _LOG = ":log"
 _OF_ALGORITHMS = {
     "clip": "0.1..0.4",
     "gae_lambda": "0.8..1.0",
-    "lambda_": "0.5..1.0",
     "entropy_coefficient": "1e-5..0.1:log",
     "beta": "0.01..1.0:log",
 }
@@ -127,7 +126,8 @@ def usual_space(run: AnyRun) -> tuple[Searched, ...]:
             space.append(searched(f"algorithm.{name}={values}"))
     rollout = getattr(run, "rollout", None)
     steps = getattr(rollout, "steps", None)
-    if isinstance(steps, int) and steps > 1:
+    rows = getattr(rollout, "row_steps", None) or 1
+    if isinstance(steps, int) and steps > 1 and steps // 2 % rows == 0:
         space.append(searched(f"rollout.steps={steps // 2},{steps},{steps * 2}"))
     return tuple(space)
 
