@@ -34,7 +34,7 @@ from upslope.recipes.groups import cartpole_clone as cartpole_clone
 from upslope.recipes.groups import cartpole_grpo as cartpole_grpo
 from upslope.recipes.groups import cartpole_rloo as cartpole_rloo
 from upslope.recipes.groups import cartpole_segment_dpo as cartpole_segment_dpo
-from upslope.recipes.groups import pendulum_grpo as pendulum_grpo
+from upslope.recipes.groups import inverted_pendulum_grpo as inverted_pendulum_grpo
 from upslope.recipes.off_policy import cartpole_ppo_stale as cartpole_ppo_stale
 from upslope.recipes.off_policy import cartpole_vtrace as cartpole_vtrace
 from upslope.recipes.off_policy import six_state_importance_sampled as six_state_importance_sampled

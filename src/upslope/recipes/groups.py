@@ -42,16 +42,16 @@ def cartpole_rloo() -> Run:
     )
 
 
-def pendulum_grpo() -> Run:
-    """GRPO on Pendulum-v1: groups take out what the start alone decides, and every episode has 200 steps."""
+def inverted_pendulum_grpo() -> Run:
+    """GRPO on InvertedPendulum-v5: continuous actions, and episodes that grow from 5 steps to the limit of 1000."""
     return Run(
-        recipe="pendulum-grpo",
-        environment=EnvironmentConfig(id="Pendulum-v1", count=16),
+        recipe="inverted-pendulum-grpo",
+        environment=EnvironmentConfig(id="InvertedPendulum-v5", count=16),
         policy=ActorCriticConfig(critic=False, normalize_observation=True),
-        algorithm=GRPO(epochs=10, minibatches=4),
+        algorithm=GRPO(epochs=10, minibatches=2),
         rollout=RolloutConfig(steps=None, episodes=16, group_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear"),
-        steps=1_000_000,
+        steps=200_000,
     )
 
 

@@ -50,7 +50,7 @@ RECIPES: dict[str, Callable[[], AnyRun]] = {
         control.breakout_ppo,
         groups.cartpole_grpo,
         groups.cartpole_rloo,
-        groups.pendulum_grpo,
+        groups.inverted_pendulum_grpo,
         groups.cartpole_clone,
         groups.cartpole_segment_dpo,
         fine_tuning.cartpole_novice,
