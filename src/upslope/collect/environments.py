@@ -33,6 +33,8 @@ class EnvironmentCollector:
         episode_limit: steps after which an episode counts as endless, where whole episodes are collected.
         row_steps: with `steps`, cut what an environment brings into rows of so many steps, a divisor of `steps`; None
             for one row. Each begins with the memory that the policy carried there.
+        log_prob: with `steps`, whether to work out `behaviour_log_prob`, without which a learner that takes no ratios
+            does; else it is NaN.
 
     What a policy with a memory carries goes on from one update into the next where episodes do.
 
@@ -54,6 +56,7 @@ class EnvironmentCollector:
         truncation: Truncation = "bootstrap",
         episode_limit: int = EPISODE_LIMIT,
         row_steps: int | None = None,
+        log_prob: bool = True,
     ) -> None:
         if (steps is None) == (episodes is None):
             raise ValueError(f"give either steps or episodes per update, got steps={steps} and episodes={episodes}")
@@ -64,6 +67,7 @@ class EnvironmentCollector:
         self.environments = environments
         self._length = steps
         self._row_steps = row_steps
+        self._log_prob = log_prob
         self._quota = episode_quota(episodes, environments.num_envs) if episodes is not None else None
         self._seed = seed
         self._rank = rank
@@ -114,7 +118,9 @@ class EnvironmentCollector:
         episodes, self._returns = rollout.episode_returns(self._returns)
         self._finished += [(total, int(time[row, position]) + 1) for position, row, total in episodes]
         self._time = time[:, -1].copy()
-        return seal_fragments(rollout, time[:, :-1], policy, update, self._truncation, self._row_steps)
+        return seal_fragments(
+            rollout, time[:, :-1], policy, update, self._truncation, self._row_steps, log_prob=self._log_prob
+        )
 
     def _collect_episodes(self, policy: Policy, update: int, generator: np.random.Generator) -> Trajectory:
         quota = self._quota

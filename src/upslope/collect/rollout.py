@@ -57,8 +57,10 @@ class Rollout:
 
     def joined_ends(self) -> tuple[np.ndarray, np.ndarray, ObservationArrays]:
         """Positions [K], environments [K] and final observations [K, ...] of all ends, in order of time."""
-        position = np.repeat([position for position, _, _ in self.ends], [len(each) for _, each, _ in self.ends])
         nothing = map_observation(lambda a: a[:0, 0], self.observation)
+        if not self.ends:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), nothing
+        position = np.repeat([position for position, _, _ in self.ends], [len(each) for _, each, _ in self.ends])
         environment = np.concatenate([np.zeros(0, dtype=np.int64), *(each for _, each, _ in self.ends)])
         return position.astype(np.int64), environment, _join([nothing, *(final for _, _, final in self.ends)])
 
@@ -186,6 +188,8 @@ def seal_fragments(
     update: int,
     truncation: Truncation,
     row_steps: int | None = None,
+    *,
+    log_prob: bool = True,
 ) -> Trajectory:
     """One row per environment, cut where the rollout ends; or several of `row_steps` each, those of one in order.
 
@@ -196,6 +200,7 @@ def seal_fragments(
         update: its version.
         truncation: what a time limit means.
         row_steps: positions of a row, a divisor of T; None for T.
+        log_prob: whether to work out that of the actions; else it is NaN.
     """
     count, steps = rollout.reward.shape
     length = steps if row_steps is None else row_steps
@@ -230,6 +235,7 @@ def seal_fragments(
         policy,
         update,
         _memory_of_rows(rollout.memory),
+        log_prob=log_prob,
     )
 
 
@@ -327,6 +333,8 @@ def _seal(
     policy: Policy,
     update: int,
     memory: Observation | None = None,
+    *,
+    log_prob: bool = True,
 ) -> Trajectory:
     index, final = ends
     order = np.argsort(index, kind="stable")
@@ -338,25 +346,30 @@ def _seal(
         terminated=torch.from_numpy(terminated),
         truncated=torch.from_numpy(truncated),
         mask=chosen,
-        behaviour_log_prob=torch.zeros(mask.shape),
+        behaviour_log_prob=torch.full(mask.shape, torch.nan).masked_fill_(~chosen, 0.0),
         time=torch.from_numpy(np.ascontiguousarray(time)),
         final_observation=_tensors(map_observation(lambda a: a[order], final)),
         final_index=torch.from_numpy(index[order]),
         policy_version=update,
         memory=memory,
     )
-    with torch.no_grad():
-        if policy.sequential:
-            log_prob = policy.evaluate(trajectory).log_prob
-        else:
-            log_prob = policy.log_prob(trajectory.observation, trajectory.action)
-    log_prob = log_prob.detach().masked_fill(~chosen, 0.0)
+    return _with_log_prob(trajectory, policy) if log_prob else trajectory
+
+
+@torch.no_grad()
+def _with_log_prob(trajectory: Trajectory, policy: Policy) -> Trajectory:
+    """That of the actions, under who took them."""
+    if policy.sequential:
+        log_prob = policy.evaluate(trajectory).log_prob
+    else:
+        log_prob = policy.log_prob(trajectory.observation, trajectory.action)
+    log_prob = log_prob.detach().masked_fill(~trajectory.mask, 0.0)
     if not bool(torch.isfinite(log_prob).all()):
         row, position = (int(k) for k in torch.nonzero(~torch.isfinite(log_prob))[0])
         raise NonFiniteError(
             f"the log-probability of the action taken is {float(log_prob[row, position])} in row {row}, step "
-            f"{position} of update {update}: the policy has diverged, or its sampler and its log_prob disagree. Lower "
-            "the learning rate or clip gradients"
+            f"{position} of update {trajectory.policy_version}: the policy has diverged, or its sampler and its "
+            "log_prob disagree. Lower the learning rate or clip gradients"
         )
     return replace(trajectory, behaviour_log_prob=log_prob)
 

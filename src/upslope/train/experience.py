@@ -71,6 +71,7 @@ def build_experience(run: Run, environments: VectorEnvironment, policy: Policy) 
         seed=run.seed,
         truncation=run.environment.truncation,
         row_steps=rollout.row_steps,
+        log_prob=run.algorithm.passes.traces is None,
     )
 
 
