@@ -45,6 +45,8 @@ class Solve:
 def act(arguments: Sequence[str]) -> int:
     """Run the command."""
     command = parse(Solve, arguments, program="upslope solve")
+    if command.against and command.plot is None:
+        raise UsageError("--against draws runs beside the exact solution: say where, with --plot FILE.png")
     from upslope.report.optimum import solve_problem
     from upslope.report.solve import draw_solved, learner_curves, learner_in_words, solved_in_words, solved_tree
     from upslope.train.prepare import threads
@@ -70,6 +72,4 @@ def act(arguments: Sequence[str]) -> int:
         say(console, f"figures: {command.json}")
     if command.plot is not None:
         say(console, f"picture: {draw_solved(solved, command.plot, comparison)}")
-    elif comparison is not None:
-        raise UsageError("--against draws runs beside the exact solution: say where, with --plot FILE.png")
     return DONE
