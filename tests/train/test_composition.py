@@ -59,14 +59,14 @@ HOW: dict[str, tuple[Any, Any, int]] = {
     "Reinforce": (Reinforce(psi="baselined"), EPISODES, 48),
     "GRPO": (GRPO(epochs=2), GROUPS, 48),
     "RLOO": (RLOO(), GROUPS, 48),
-    "SFT": (SFT(), "recorded", 48),
-    "Preference": (Preference(), PAIRS, 48),
-    "KTO": (KTO(), PAIRS, 48),
-    "ActorCriticLambda": (ActorCriticLambda(), RolloutConfig(steps=1), 16),
-    "TDLambda": (TDLambda(), RolloutConfig(steps=1), 16),
+    "SFT": (SFT(), "recorded", 12),
+    "Preference": (Preference(), PAIRS, 12),
+    "KTO": (KTO(), PAIRS, 12),
+    "ActorCriticLambda": (ActorCriticLambda(), RolloutConfig(steps=1), 4),
+    "TDLambda": (TDLambda(), RolloutConfig(steps=1), 4),
     "AverageReward": (AverageReward(method=PPO(gamma=1.0, epochs=2, minibatches=2)), FRAGMENTS, 16),
-    "TRPO": (TRPO(critic_epochs=2, critic_minibatches=2), FRAGMENTS, 16),
-    "NPG": (NPG(critic_epochs=2, critic_minibatches=2), FRAGMENTS, 16),
+    "TRPO": (TRPO(conjugate_gradient_iterations=3, critic_epochs=1, critic_minibatches=2), FRAGMENTS, 16),
+    "NPG": (NPG(conjugate_gradient_iterations=3, critic_epochs=1, critic_minibatches=2), FRAGMENTS, 16),
     "VTraceActorCritic": (VTraceActorCritic(), RolloutConfig(steps=8, lag=1), 16),
     "ImportanceSampled": (ImportanceSampled(), EPISODES, 48),
 }
@@ -103,11 +103,11 @@ def composed(row: dict[str, str], directory: Path) -> Run:
         continuing=endless,
     )
     if rollout == "recorded":
-        demonstrated = composed({**row, "algorithm": "PPO"}, directory / "demonstrated")
-        if not (directory / "episodes.safetensors").exists():
-            train(demonstrated)
-            record_run(directory / "demonstrated" / "run", directory / "episodes.safetensors", episodes=4, seed=1)
-        rollout = RecordedConfig(file=directory / "episodes.safetensors", rows=4)
+        file = directory.parent / "episodes.safetensors"
+        if not file.exists():
+            demonstrator = train(composed({**row, "algorithm": "A2C"}, directory.parent / "demonstrated"))
+            record_run(demonstrator.directory, file, episodes=4, seed=1)
+        rollout = RecordedConfig(file=file, rows=4)
     return tiny(
         directory,
         algorithm,
