@@ -18,7 +18,7 @@ def cartpole_vtrace() -> Run:
         environment=EnvironmentConfig(id="CartPole-v1", count=16),
         algorithm=VTraceActorCritic(gamma=0.98, gae_lambda=0.95, normalize_advantage=True),
         rollout=RolloutConfig(steps=32, lag=4),
-        optimizer=OptimizerConfig(learning_rate=1.5e-3),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", max_gradient_norm=None),
         steps=200_000,
     )
 
