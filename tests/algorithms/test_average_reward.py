@@ -19,6 +19,7 @@ from upslope import (
     EvaluationConfig,
     LogConfig,
     OneStepActorCritic,
+    ReferenceKL,
     RolloutConfig,
     Run,
     train,
@@ -94,6 +95,10 @@ def test_steps_that_end_are_refused() -> None:
     [
         ({"method": PPO()}, "set gamma of PPO to 1"),
         ({"method": OneStepActorCritic(gamma=1.0, discounted_states=True)}, "discounted_states False"),
+        (
+            {"method": PPO(gamma=1.0, reference_kl=ReferenceKL(coefficient=0.1, place="reward"))},
+            'set place of reference_kl of PPO to "loss"',
+        ),
         ({"average_reward_rate": 1.5}, "average_reward_rate is a share"),
         ({"value_centring": -0.1}, "value_centring is a share"),
     ],

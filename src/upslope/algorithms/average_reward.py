@@ -48,6 +48,12 @@ class AverageReward:
             )
         if isinstance(self.method, OneStepActorCritic) and self.method.discounted_states:
             raise ValueError("without discount gamma^t is 1: leave discounted_states False")
+        penalty = None if isinstance(self.method, OneStepActorCritic) else self.method.reference_kl
+        if penalty is not None and penalty.on and penalty.place == "reward":
+            raise ValueError(
+                "a penalty in the reward lowers the average that is learnt from, which r_bar would not know: set place "
+                f'of reference_kl of {type(self.method).__name__} to "loss"'
+            )
         for name, share in (
             ("average_reward_rate", self.average_reward_rate),
             ("value_centring", self.value_centring),

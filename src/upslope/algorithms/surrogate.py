@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.group_baseline import group_signal
-from upslope.algorithms.protocol import Condition, Loss, Now, ScheduleName, Target, scheduled
+from upslope.algorithms.protocol import Condition, Loss, Now, ScheduleName, Target, scheduled, scheduled_in_words
 from upslope.algorithms.ratios import chosen_log_prob, step_average
 from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
@@ -148,6 +148,6 @@ def describe_surrogate(
         "advantage scale": "standardised over the batch" if normalised else "none",
         "ratio": "per step, exp(log_prob - behaviour_log_prob), unclipped",
         "value error": fit if psi == "gae" else "no critic",
-        "entropy bonus": f"{coefficient} ({schedule})",
+        "entropy bonus": scheduled_in_words(schedule, coefficient),
         "reduction": "step_mean over the batch" if psi == "gae" else "trajectory_sum over the batch",
     }
