@@ -12,7 +12,7 @@ import torch
 from tiny_runs import bits, remains, tiny
 from torch import Tensor
 
-from upslope import ActorCriticConfig, EnvironmentConfig, OptimizerConfig, RolloutConfig
+from upslope import ActorCriticConfig, EnvironmentConfig, EvaluationConfig, OptimizerConfig, RolloutConfig
 from upslope.algorithms import PPO, ActorCriticLambda, Algorithm, Now, TDLambda
 from upslope.auditing.source import Recorder
 from upslope.errors import UsageError
@@ -322,3 +322,25 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(case: str, tmp_path: Path) -
     straight, broken = remains(tmp_path / "straight" / "run"), remains(tmp_path / "broken" / "run")
     assert bits(straight["policy"]) == bits(broken["policy"])
     assert straight["metrics"] == broken["metrics"]
+
+
+def test_the_values_of_a_random_walk_are_learnt(tmp_path: Path) -> None:
+    """Exactly, state i of 19 is worth (i - 10) / 10 of +1 and -1 at the ends: values of 0 are off by 0.55 (RMS)."""
+    run = tiny(
+        tmp_path,
+        TDLambda(gamma=1.0, trace_decay=0.8),
+        environment=EnvironmentConfig(id="problem/random-walk-19", count=64),
+        policy=ActorCriticConfig(hidden=(), policy_gain=0.0, value_gain=0.0),
+        rollout=ONLINE,
+        optimizer=OptimizerConfig(kind="sgd", learning_rate=1.0, schedule="linear", max_gradient_norm=None),
+        evaluation=EvaluationConfig(times=0, final_episodes=0),
+        steps=64_000,
+    )
+    policy, inside = train(run).policy, torch.arange(1, 20)
+    with torch.no_grad():
+        assert policy.critic is not None
+        value = policy.critic(policy.encoder(inside)).view(-1)
+        error = (value - (inside - 10) / 10).square().mean().sqrt()
+        even = policy.log_prob(inside, torch.ones(19, dtype=torch.long)).exp()
+    assert float(error) < 0.12
+    assert bool((even == 0.5).all())

@@ -43,14 +43,14 @@ def cartpole_traces() -> Run:
 
 
 def random_walk_prediction() -> Run:
-    """TD(lambda) prediction on the random walk of 19 states: the critic comes to the values of the even policy."""
+    """TD(lambda) prediction on the random walk of 19 states, 64 walks: the values of the even policy."""
     return Run(
         recipe="random-walk-prediction",
-        environment=EnvironmentConfig(id="problem/random-walk-19", count=1),
+        environment=EnvironmentConfig(id="problem/random-walk-19", count=64),
         policy=ActorCriticConfig(hidden=(), policy_gain=0.0, value_gain=0.0),
         algorithm=TDLambda(gamma=1.0, trace_decay=0.8),
         rollout=_ONLINE,
-        optimizer=OptimizerConfig(kind="sgd", learning_rate=0.05, schedule="linear", max_gradient_norm=None),
-        evaluation=EvaluationConfig(times=0, final_episodes=20),
-        steps=20_000,
+        optimizer=OptimizerConfig(kind="sgd", learning_rate=1.0, schedule="linear", max_gradient_norm=None),
+        evaluation=EvaluationConfig(times=0, final_episodes=64),
+        steps=128_000,
     )
