@@ -13,16 +13,20 @@ from upslope.train import EvaluationConfig, OptimizerConfig, RolloutConfig, Run
 
 
 def access_control_actor_critic() -> Run:
-    """Actor-critic(lambda) with an average reward on access control, online, 16 queues."""
+    """Actor-critic(lambda) with an average reward on access control, online, 64 queues.
+
+    The critic and r_bar go ahead of the actor: while r_bar is still too low every action looks good, and a policy that
+    has become sure of accepting everybody stays so.
+    """
     return Run(
         recipe="access-control-actor-critic",
-        environment=EnvironmentConfig(id="problem/access-control", count=16),
+        environment=EnvironmentConfig(id="problem/access-control", count=64),
         policy=ActorCriticConfig(hidden=()),
         algorithm=ActorCriticLambda(
-            gamma=1.0, actor_trace_decay=0.8, critic_trace_decay=0.8, value_ratio=1.0, average_reward_ratio=0.1
+            gamma=1.0, actor_trace_decay=0.8, critic_trace_decay=0.8, value_ratio=2.5, average_reward_ratio=0.1
         ),
         rollout=RolloutConfig(steps=1),
-        optimizer=OptimizerConfig(kind="sgd", learning_rate=0.1, schedule="linear", max_gradient_norm=None),
+        optimizer=OptimizerConfig(kind="sgd", learning_rate=0.4, schedule="linear", max_gradient_norm=None),
         evaluation=EvaluationConfig(times=5, episodes=10, final_episodes=20, horizon=1000),
         steps=800_000,
     )

@@ -11,19 +11,19 @@ _ONLINE = RolloutConfig(steps=1)
 
 
 def short_corridor_traces() -> Run:
-    """Actor-critic(lambda) on the short corridor, online, 8 environments with a trace each.
+    """Actor-critic(lambda) on the short corridor, online, 64 environments with a trace each.
 
     With lambda = 1 nothing is bootstrapped, which the critic, to which all states look alike, could not do right.
     """
     return Run(
         recipe="short-corridor-traces",
-        environment=EnvironmentConfig(id="problem/short-corridor", count=8),
+        environment=EnvironmentConfig(id="problem/short-corridor", count=64),
         policy=ActorCriticConfig(hidden=()),
         algorithm=ActorCriticLambda(
             gamma=1.0, actor_trace_decay=1.0, critic_trace_decay=1.0, discounted_states=True, value_ratio=5.0
         ),
         rollout=_ONLINE,
-        optimizer=OptimizerConfig(kind="sgd", learning_rate=2e-3, schedule="linear", max_gradient_norm=None),
+        optimizer=OptimizerConfig(kind="sgd", learning_rate=1.6e-2, schedule="linear", max_gradient_norm=None),
         evaluation=EvaluationConfig(times=5, episodes=200, final_episodes=200, environments=200),
         steps=400_000,
     )

@@ -41,6 +41,7 @@ def cases() -> Iterator[Case]:
         yield _off(words, algorithm)
     one_pass = AverageReward(method=_PPO)
     yield _case("PPO, sampled", one_pass, "ring", Circumstances(), samples=_SAMPLES)
+    yield _case("PPO, fragments of one step", one_pass, "access-control", Circumstances(), row_steps=1)
     own = Circumstances(critic="perturbed")
     yield _case("A2C, lambda 1.0, a network", AverageReward(method=A2C(gamma=1.0)), "ring", own, policy=_network())
 
@@ -58,9 +59,10 @@ def _case(
     *,
     samples: int | None = None,
     policy: ActorCritic | None = None,
+    row_steps: int = _ROW_STEPS,
 ) -> Case:
     run = partial(
-        audit, algorithm, on, circumstances=circumstances, samples=samples, policy=policy, row_steps=_ROW_STEPS
+        audit, algorithm, on, circumstances=circumstances, samples=samples, policy=policy, row_steps=row_steps
     )
     return Case(subject="AverageReward", setting=f"{words}; {circumstances}", run=run)
 
