@@ -1,5 +1,6 @@
 """The list of sizes and hashes that seals a folder, and the reading of JSON that nobody vouches for."""
 
+import functools
 import hashlib
 import json
 import platform
@@ -98,6 +99,7 @@ def write_manifest(kind: FolderKind, files: Mapping[str, bytes], step: int | Non
     )
 
 
+@functools.cache
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
