@@ -329,8 +329,8 @@ IN_PPO = (
     Mutant(
         "ppo's ratio is always 1",
         PPO,
-        "old, advantage = batch.behaviour_log_prob, batch.advantage",
-        "old, advantage = evaluation.log_prob.detach(), batch.advantage",
+        "old = self.stale.old_log_prob(batch, evaluation.log_prob)",
+        "old = evaluation.log_prob.detach()",
         "the old log-prob is that of the policy now",
         (),
         (LOSSES_OF_PPO,),
@@ -495,8 +495,8 @@ IN_ROLLOUT = (
     Mutant(
         "behaviour log-prob shifted by one",
         ROLLOUT,
-        "log_prob = policy.log_prob(observation, action).detach().masked_fill(~chosen, 0.0)",
-        "log_prob = policy.log_prob(observation, action).detach().masked_fill(~chosen, 0.0).roll(1, -1)",
+        "log_prob = log_prob.detach().masked_fill(~trajectory.mask, 0.0)",
+        "log_prob = log_prob.detach().masked_fill(~trajectory.mask, 0.0).roll(1, -1)",
         "each action has the log-prob of the one before",
         ("drawn: fragments, ratios",),
     ),
