@@ -31,7 +31,7 @@ def cartpole_ppo_stale() -> Run:
         algorithm=PPO(
             gamma=0.98,
             gae_lambda=0.8,
-            epochs=5,
+            epochs=20,
             minibatches=1,
             clip_schedule="linear",
             value_coefficient=1.0,
@@ -51,6 +51,6 @@ def six_state_importance_sampled() -> Run:
         policy=ActorCriticConfig(hidden=(32,), critic=False),
         algorithm=ImportanceSampled(gamma=0.8),
         rollout=RolloutConfig(steps=None, episodes=64, lag=4),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
-        steps=60_000,
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        steps=100_000,
     )
