@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from upslope.algorithms import Algorithm, Target
 from upslope.auditing.declared import Circumstances, declaration, in_words, unit_of
+from upslope.auditing.groups import GroupSetting
 from upslope.auditing.moments import Moments, exact_moments, sampled_moments
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import Audited, Behaviour, Critic, FiniteSetting, Setting, Unit
@@ -182,7 +183,7 @@ def audit(
             table stays what it is: say `Circumstances(critic="perturbed")` for algorithms that use it.
         rows: per drawn batch.
         row_steps: T of a fragment, for algorithms that learn from fragments.
-        size: completions in a group, on completion problems; None for 2 where the algorithm compares a group, else 1.
+        size: completions or episodes in a group; None for 2 where the algorithm compares a group, else 1.
         groups: groups in the smallest batch, on completion problems.
         network: what completes prompts: a table of free choices, a small transformer, or ("language") a model of
             transformers' that learns and generates as one in training does; needs the extra `language`.
@@ -211,6 +212,8 @@ def audit(
         named = _named(problem, average_reward=target.gradient == "average_reward")
         looking, given = _policy(named, policy, algorithm, given, asked=circumstances is not None, seed=seed)
         setting, given = _on_states(algorithm, named, looking, given, rows, row_steps)
+        if algorithm.passes.groups:
+            setting = GroupSetting(alone=setting, size=2 if size is None else size)
     declared, reason = declaration(target, given)
     listed = isinstance(setting, TokenSetting) and groups > 1
     if samples is None and ((target.batchwise and not listed) or algorithm.passes.minibatches > 1):
@@ -231,12 +234,12 @@ def audit(
     )
 
 
-def _source(algorithm: Algorithm, setting: TokenSetting | FiniteSetting[Audited], seed: int) -> Source:
+def _source(algorithm: Algorithm, setting: TokenSetting | GroupSetting | FiniteSetting[Audited], seed: int) -> Source:
     """The code that trains, with the true average reward where the algorithm carries one."""
     state, reference = algorithm.initial_state(), None
     if isinstance(setting, TokenSetting):
         reference = setting.reference
-    elif algorithm.target.gradient == "average_reward":
+    elif isinstance(setting, FiniteSetting) and algorithm.target.gradient == "average_reward":
         with torch.no_grad():
             state = {**state, "average_reward": float(solve(setting.mdp, setting.policy).objective)}
     if algorithm.passes.traces is not None:
@@ -334,12 +337,12 @@ def _on_completions(
 
 def _check_on_states(algorithm: Algorithm, size: int | None, groups: int, network: Network) -> None:
     name = type(algorithm).__name__
-    if algorithm.passes.groups:
-        raise UsageError(f"{name} compares trajectories that share a start: audit it on {', '.join(TOKEN_PROBLEMS)}")
     if algorithm.passes.reference != "none":
         raise UsageError(f"only completion problems have a reference: audit this {name} on {', '.join(TOKEN_PROBLEMS)}")
-    if size is not None or groups != 1:
-        raise UsageError("size and groups are of completions: leave them out")
+    if size is not None and not algorithm.passes.groups:
+        raise UsageError(f"size is for what compares a group, and {name} sees single episodes: leave it out")
+    if groups != 1:
+        raise UsageError("groups are of completions: leave the number out")
     if network != "table":
         raise UsageError(f"network says what completes prompts: leave it out, or audit on {', '.join(TOKEN_PROBLEMS)}")
 

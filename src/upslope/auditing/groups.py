@@ -7,16 +7,21 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import Target
-from upslope.auditing.setting import FiniteSetting
+from upslope.auditing.setting import Audited, FiniteSetting
 from upslope.collect.finite import FiniteVectorEnvironment
 from upslope.collect.groups import GroupCollector
-from upslope.exact import NamedProblem, Rows, StatePolicy, enumerate_episodes
+from upslope.errors import UsageError
+from upslope.exact import NamedProblem, Rows, enumerate_episodes
 from upslope.trajectory import Trajectory, map_observation
+
+_MOST_GROUPS = 50_000
+"""More are drawn instead of listed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +33,7 @@ class GroupSetting:
         size: G, episodes in a group.
     """
 
-    alone: FiniteSetting[StatePolicy]
+    alone: FiniteSetting[Any]
     size: int
 
     @classmethod
@@ -45,13 +50,20 @@ class GroupSetting:
         alone = FiniteSetting.build(problem, gamma=1.0, unit="episodes", behaviour=behaviour, rows=rows)
         return cls(alone=alone, size=size)
 
+    def __post_init__(self) -> None:
+        """Refuse a group in which there is nothing to compare."""
+        if self.size < 2:
+            raise UsageError(
+                f"the episodes of a group are compared with each other: ask for a size of 2 or more, got {self.size}"
+            )
+
     @property
     def name(self) -> str:
         """The problem's, and how episodes are grouped."""
         return f"{self.alone.name} (1 group of {self.size})"
 
     @property
-    def policy(self) -> StatePolicy:
+    def policy(self) -> Audited:
         """The policy differentiated."""
         return self.alone.policy
 
@@ -76,10 +88,18 @@ class GroupSetting:
         return self.size * self.alone.mean_length
 
     def every(self) -> Iterator[tuple[float, Trajectory]]:
-        """Each group there is, with its probability; groups of the same episodes in another order count as one."""
+        """Each group there is, with its probability; groups of the same episodes in another order count as one.
+
+        Raises:
+            ValueError: if there are too many.
+        """
         mdp, acted = self.alone.mdp, self.alone.behaviour
-        for start in mdp.start.nonzero().flatten().tolist():
-            rows = enumerate_episodes(mdp, acted, limit=self.alone.limit, start=start)
+        starts = mdp.start.nonzero().flatten().tolist()
+        episodes = {start: enumerate_episodes(mdp, acted, limit=self.alone.limit, start=start) for start in starts}
+        groups = sum(math.comb(len(rows) + self.size - 1, self.size) for rows in episodes.values())
+        if groups > _MOST_GROUPS:
+            raise ValueError(f"there are {groups} groups of {self.size} episodes, more than {_MOST_GROUPS}: draw some")
+        for start, rows in episodes.items():
             chance = rows.behaviour_probability.tolist()
             for members in combinations_with_replacement(range(len(rows)), self.size):
                 orders = math.factorial(self.size) / math.prod(math.factorial(n) for n in Counter(members).values())
