@@ -111,6 +111,8 @@ ENVIRONMENTS = {
     "masks": EnvironmentConfig(id="Gated-v0", count=4, vectorization="sync", action_mask="info"),
     "continuing masks": EnvironmentConfig(id="EndlessGated-v0", count=4, vectorization="sync", action_mask="info"),
 }
+FRAGMENTS, EPISODES = 96, 600
+"""Steps of a run, a few updates each."""
 Given = Callable[[str], Path]
 
 
@@ -209,7 +211,7 @@ def control_run(name: str, column: str, given: Given, directory: Path) -> Run:
         algorithm=algorithm,
         rollout=rollout,
         optimizer=optimizer,
-        steps=96 if isinstance(rollout, RolloutConfig) and rollout.steps else 200,
+        steps=EPISODES if passes.whole_episodes else FRAGMENTS,
         directory=directory,
         **QUIET,
     )
