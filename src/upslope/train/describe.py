@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from upslope.policies.config import MemoryConfig
 from upslope.train.config import Run
 from upslope.train.language.config import LanguageRun
 from upslope.train.language.describe import describe_language_run
@@ -31,6 +32,12 @@ def describe_run(run: Run | LanguageRun) -> dict[str, str]:
             "termination; the optimal policies stay what they are"
         )
     rows |= _acting(run)
+    if run.environment.action_mask != "none":
+        rows["invalid actions"] = (
+            f"probability 0, by the masks of the environment's {run.environment.action_mask}, when acting and learning"
+        )
+    if run.policy.memory is not None:
+        rows["memory"] = _memory(run.policy.memory, critic=run.policy.critic)
     if run.policy.normalize_reward:
         rows["rewards"] = (
             f"divided by the running standard deviation of the return discounted with gamma={run.algorithm.gamma}, "
@@ -54,6 +61,19 @@ def _acting(run: Run) -> dict[str, str]:
     if run.acting.batches > 1:
         rows["data"] = f"the rollouts of the last {run.acting.batches} updates together"
     return rows
+
+
+def _memory(memory: MemoryConfig, *, critic: bool) -> str:
+    """What is remembered, and how far gradients go back through it."""
+    kinds = {"gru": "gated recurrent units", "lstm": "units of long short-term memory"}
+    what = (
+        f"the last {memory.context} steps, by a transformer of {memory.size} features"
+        if memory.kind == "transformer"
+        else f"{memory.size} {kinds[memory.kind]}"
+    )
+    layers = "1 layer" if memory.layers == 1 else f"{memory.layers} layers"
+    whose = "" if not critic else ", one for actor and critic" if memory.shared else ", one each for actor and critic"
+    return f"{what}, {layers}{whose}; gradients go back to the start of a row, whose memory is held fixed"
 
 
 def _clipped(limit: float) -> str:
