@@ -71,6 +71,15 @@ def test_a_healthy_run_is_not_warned_of(tmp_path: Path) -> None:
     assert not any("verdict" in record for record in records)
 
 
+def test_a_closer_look_at_an_algorithm_without_ratios_knows_who_acted(tmp_path: Path) -> None:
+    changes = {"algorithm": A2C(), "rollout": RolloutConfig(steps=5), "steps": 40}
+    log = LogConfig(every_steps=1, diagnose_every=20, tensorboard=False, progress=False)
+    records = records_of(each_update(tmp_path, **changes, log=log))
+    looked = [record for record in records if "first_ratio_error" in record]
+    assert 0 < len(looked) < len(records)
+    assert all(float(record["first_ratio_error"]) < 1e-6 and float(record["kl"]) > 0.0 for record in looked)
+
+
 def test_the_recipe_of_cartpole_is_not_warned_of(tmp_path: Path) -> None:
     quiet = LogConfig(every_steps=1000, tensorboard=False, progress=False)
     run = replace(cartpole_ppo(), steps=16_000, directory=tmp_path, name="run", log=quiet)

@@ -190,6 +190,16 @@ def test_steps_that_were_not_chosen_never_matter(algorithm: Algorithm) -> None:
     assert left.metrics == right.metrics
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_whoever_says_so_never_reads_the_log_probs_of_who_acted(algorithm: Algorithm) -> None:
+    trajectory = episodes(Linear()) if algorithm.passes.whole_episodes else fragments(Linear(), holes=True)
+    unknown = torch.full_like(trajectory.behaviour_log_prob, torch.nan)
+    _, expected = update(algorithm, trajectory)
+    if not algorithm.passes.behaviour_log_prob:
+        assert torch.equal(update(algorithm, replace(trajectory, behaviour_log_prob=unknown))[1], expected)
+    assert algorithm.passes.behaviour_log_prob == isinstance(algorithm, PPO | Reinforce)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recorder:
     """An algorithm that notes which steps reach it. Observations' first entries serve as their names."""

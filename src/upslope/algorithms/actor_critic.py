@@ -47,7 +47,7 @@ class OneStepActorCritic:
     @property
     def passes(self) -> Passes:
         """One step on each fragment."""
-        return Passes()
+        return Passes(behaviour_log_prob=False)
 
     @property
     def target(self) -> Target:
@@ -133,7 +133,7 @@ class A2C:
     @property
     def passes(self) -> Passes:
         """One step on each fragment."""
-        return Passes(reference=self.reference_kl.needs)
+        return Passes(reference=self.reference_kl.needs, behaviour_log_prob=self.reference_kl.on)
 
     @property
     def target(self) -> Target:

@@ -146,6 +146,7 @@ class Passes:
         values_first: whether Psi needs the critic's values before the update, where there is a critic.
         kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
             looks at the last minibatch of each pass and stops beyond target_kl.
+        behaviour_log_prob: whether Psi, `prepare` or the loss reads b_t. Where it is False, b_t may be left out (NaN).
         traces: every step moves the parameters along eligibility traces; None for an optimiser's steps on the loss.
         natural: the actor's only step is a natural one, and the critic is fitted apart; None for an optimiser's steps
             on the loss of both.
@@ -167,6 +168,7 @@ class Passes:
     proximal_in_advantage: bool = False
     proximal_in_prepare: bool = False
     values_first: bool = True
+    behaviour_log_prob: bool = True
     traces: Traces | None = None
     natural: NaturalStep | None = None
 

@@ -44,7 +44,8 @@ class TDLambda:
     @property
     def passes(self) -> Passes:
         """One update per step, of the critic alone; alpha_w is the run's learning rate."""
-        return Passes(traces=Traces(discount=self.gamma, critic_decay=self.gamma * self.trace_decay, actor_decay=None))
+        traces = Traces(discount=self.gamma, critic_decay=self.gamma * self.trace_decay, actor_decay=None)
+        return Passes(traces=traces, behaviour_log_prob=False)
 
     @property
     def target(self) -> Target:
@@ -138,7 +139,8 @@ class ActorCriticLambda:
                 state_discount=self.gamma if self.discounted_states else 1.0,
                 value_ratio=self.value_ratio,
                 average_reward_ratio=self.average_reward_ratio,
-            )
+            ),
+            behaviour_log_prob=False,
         )
 
     @property

@@ -353,12 +353,20 @@ def _seal(
         policy_version=update,
         memory=memory,
     )
-    return _with_log_prob(trajectory, policy) if log_prob else trajectory
+    return with_log_prob(trajectory, policy) if log_prob else trajectory
 
 
 @torch.no_grad()
-def _with_log_prob(trajectory: Trajectory, policy: Policy) -> Trajectory:
-    """That of the actions, under who took them."""
+def with_log_prob(trajectory: Trajectory, policy: Policy) -> Trajectory:
+    """The trajectory with b_t, that of the actions under who took them.
+
+    Args:
+        trajectory: sealed.
+        policy: who acted, unchanged since then.
+
+    Raises:
+        NonFiniteError: if one of them is NaN or infinite.
+    """
     if policy.sequential:
         log_prob = policy.evaluate(trajectory).log_prob
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from upslope.algorithms.protocol import Now, scheduled
 from upslope.collect import EnvironmentFailureError, NonFiniteError
+from upslope.collect.rollout import with_log_prob
 from upslope.collect.vector import VectorEnvironment
 from upslope.diagnostics import Meter
 from upslope.errors import OffPolicyError
@@ -21,7 +22,7 @@ from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to
 from upslope.streams import Purpose, stream, torch_stream
 from upslope.train.acting import Acting
 from upslope.train.config import Run
-from upslope.train.experience import build_experience
+from upslope.train.experience import build_experience, leaves_log_prob_out
 from upslope.train.given import environment_again
 from upslope.train.learner import learner_of
 from upslope.train.optimizer import FlatOptimizer
@@ -30,7 +31,7 @@ from upslope.train.saving import save
 from upslope.train.session import Figures, ResumeError
 from upslope.train.shaping import named_potential
 from upslope.train.starting_weights import Hold, Places, begin, check_hashes
-from upslope.trajectory import Tree
+from upslope.trajectory import Trajectory, Tree
 
 FIGURES = Figures(
     shown=(
@@ -82,6 +83,7 @@ class ControlSession:
         self.meter = Meter(*_actor_gradient(self.policy, optimizer)) if watched else None
         self.most_entropy = _most_entropy(environments.action_space)
         self.collector = build_experience(run, environments, self.policy)
+        self.log_prob_left_out = leaves_log_prob_out(run, self.policy)
         self.algorithm = run.algorithm
         self.still = run.algorithm.target.gradient == "prediction"
         self.algorithm_state = self.algorithm.initial_state()
@@ -106,14 +108,13 @@ class ControlSession:
         """One update: collect, learn, and only then let the normalisers see what was collected."""
         run, policy = self.run, self.policy
         start = time.perf_counter()
-        trajectory = self.collector.collect(self.acting.policy(), self.update)
+        acting = self.acting.policy()
+        trajectory = self.collector.collect(acting, self.update)
         collected = time.perf_counter()
+        trajectory = self._looked_at(trajectory, acting)
         seen = self.beginning.shaped(trajectory, self.algorithm.gamma)
         seen = self.acting.gather(seen, self.update, self.algorithm.gamma)
         learning_rate = scheduled(run.optimizer.schedule, run.optimizer.learning_rate, self.progress)
-        taken, every = self.collector.steps_taken, run.log.diagnose_every
-        if self.meter is not None:
-            self.meter.look(closely=(self.steps + taken) // every > self.steps // every)
         self.hold.before(self.update)
         learned = self.learner.learn(
             seen,
@@ -127,7 +128,7 @@ class ControlSession:
             policy.observe(trajectory)
         self.algorithm_state = learned.state
         self.update += 1
-        self.steps += taken
+        self.steps += self.collector.steps_taken
         for episode_return, length in self.collector.finished():
             self.episodes += 1
             self.returns.append(episode_return)
@@ -145,6 +146,15 @@ class ControlSession:
             metrics["episode_return"] = float(np.mean(self.returns))
             metrics["episode_length"] = float(np.mean(self.lengths))
         return metrics
+
+    def _looked_at(self, trajectory: Trajectory, acting: ActorCritic) -> Trajectory:
+        """What was collected, with b_t at least where the update gets a closer look."""
+        if self.meter is None:
+            return trajectory
+        every, after = self.run.log.diagnose_every, self.steps + self.collector.steps_taken
+        closely = after // every > self.steps // every
+        self.meter.look(closely=closely)
+        return with_log_prob(trajectory, acting) if closely and self.log_prob_left_out else trajectory
 
     def state(self, *, collector: bool = True) -> Tree:
         """All of it; without the environments if they failed, so that they are made anew on resume.

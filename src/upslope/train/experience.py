@@ -11,7 +11,7 @@ from upslope.collect.recorded import RecordedCollector, record_episodes
 from upslope.collect.segments import SegmentPairCollector, draw_segment_pairs, read_preferences
 from upslope.collect.trajectory_file import read_recording
 from upslope.collect.vector import VectorEnvironment
-from upslope.train.config import Run
+from upslope.train.config import RolloutConfig, Run
 from upslope.trajectory import Collector, Policy
 
 
@@ -71,8 +71,24 @@ def build_experience(run: Run, environments: VectorEnvironment, policy: Policy) 
         seed=run.seed,
         truncation=run.environment.truncation,
         row_steps=rollout.row_steps,
-        log_prob=run.algorithm.passes.traces is None,
+        log_prob=not leaves_log_prob_out(run, policy),
     )
+
+
+def leaves_log_prob_out(run: Run, policy: Policy) -> bool:
+    """Whether an update's b_t is worked out only when somebody asks for it (`upslope.collect.rollout.with_log_prob`).
+
+    So it is where the algorithm does not read it. A policy with a memory is watched by it in every update, and of
+    rollouts that are learnt from several times nobody knows the policy any longer when it is asked for.
+
+    Args:
+        run: the configuration, resolved.
+        policy: that learns.
+    """
+    rollout = run.rollout
+    if not isinstance(rollout, RolloutConfig) or rollout.steps is None or run.algorithm.passes.behaviour_log_prob:
+        return False
+    return run.algorithm.passes.traces is not None or (rollout.batches == 1 and not policy.sequential)
 
 
 def _segment_pairs(

@@ -149,7 +149,7 @@ def learn(
         metrics["explained_variance"] = explained_variance(value[trajectory.mask], signal.value_target[trajectory.mask])
     state = algorithm.adapt(now.state, metrics)
     if meter is not None:
-        metrics.update(meter.end(policy, moved="kl" not in metrics and _sampled(batch)))
+        metrics.update(meter.end(policy, moved="kl" not in metrics))
     return Learned(state=state, metrics=metrics, advantage=advantage)
 
 
