@@ -17,6 +17,7 @@ from upslope.collect.actions import RandomPolicy
 from upslope.collect.recorded import record_episodes
 from upslope.collect.trajectory_file import Recording, read_recording, write_recording
 from upslope.errors import UsageError
+from upslope.spaces import ACTION_MASK, OBSERVATION, ActionMask, Box, Composite
 
 WORLDS = {
     "vector": (spaces.Box(-np.inf, np.inf, (3,), np.float64), spaces.Discrete(3)),
@@ -165,3 +166,21 @@ def test_fields_that_are_none_of_a_trajectory_are_refused(changes, words, tmp_pa
         read_recording(tmp_path / "walk.safetensors")
     write_recording(replace(recording, trajectory=replace(recording.trajectory, **steps)), tmp_path / "ok.safetensors")
     read_recording(tmp_path / "ok.safetensors")
+
+
+def test_masks_of_actions_that_are_no_bits_are_refused(tmp_path):
+    recording = recorded()
+    mask = torch.ones(*recording.trajectory.shape, 3, dtype=torch.uint8)
+    trajectory = recording.trajectory
+    trajectory = replace(
+        trajectory,
+        observation={OBSERVATION: trajectory.observation, ACTION_MASK: mask},
+        final_observation={
+            OBSERVATION: trajectory.final_observation,
+            ACTION_MASK: mask.flatten(0, 1)[trajectory.final_index],
+        },
+    )
+    seen = Composite(((OBSERVATION, Box((3,), -1.0, 1.0)), (ACTION_MASK, ActionMask((3,)))))
+    write_recording(replace(recording, trajectory=trajectory, observation_space=seen), tmp_path / "walk.safetensors")
+    with pytest.raises(UsageError, match="action_mask must be bool"):
+        read_recording(tmp_path / "walk.safetensors")

@@ -19,7 +19,7 @@ CART = EnvironmentConfig(id="CartPole-v1")
         (
             {"policy": ActorCriticConfig(memory=MemoryConfig(size=24))},
             "memory",
-            "24 gated recurrent units, 1 layer, on",
+            "24 gated recurrent units, 1 layer",
         ),
         (
             {"policy": ActorCriticConfig(memory=MemoryConfig(kind="transformer", context=9), shared=True)},

@@ -280,6 +280,8 @@ def _check_leaf(name: str, tensor: Tensor, leaf: ObservationLeaf, lead: tuple[in
         own = (sum(leaf.sizes),)
     if tuple(tensor.shape) != (*lead, *own):
         raise ValueError(f"{name} must have the shape {(*lead, *own)}, got {tuple(tensor.shape)}")
+    if isinstance(leaf, ActionMask) and tensor.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool, got {tensor.dtype}")
     if isinstance(leaf, Discrete | MultiDiscrete) and tensor.numel():
         most = torch.tensor(leaf.n if isinstance(leaf, Discrete) else leaf.choices)
         if tensor.is_floating_point() or bool((tensor < 0).any()) or bool((tensor >= most).any()):
