@@ -71,4 +71,5 @@ def _sequence(seed: int, purpose: Purpose, indices: tuple[int, ...]) -> np.rando
     entropy = [seed, int(purpose), len(indices), *indices]
     if min(entropy) < 0:
         raise ValueError(f"seeds and stream indices must be non-negative integers, got seed={seed}, indices={indices}")
-    return np.random.SeedSequence(entropy)
+    # Made of one array it comes several times faster, and the same.
+    return np.random.SeedSequence(np.array(entropy, np.uint32) if max(entropy) < 2**32 else entropy)

@@ -263,8 +263,8 @@ IN_ACTOR_CRITIC = (
     Mutant(
         "actor-critic downhill",
         ACTOR_CRITIC,
-        "per_step = value_coefficient * value_error - objective",
-        "per_step = value_coefficient * value_error + objective",
+        "loss = policy_loss + value_coefficient * value_loss",
+        "loss = value_coefficient * value_loss - policy_loss",
         "the sign",
         ("A2C: lambda 0.5; exact critic, on-policy",),
         (LOSSES_OF_A2C,),
@@ -272,8 +272,8 @@ IN_ACTOR_CRITIC = (
     Mutant(
         "actor-critic penalises entropy",
         ACTOR_CRITIC,
-        "per_step = per_step - entropy_coefficient * evaluation.entropy",
-        "per_step = per_step + entropy_coefficient * evaluation.entropy",
+        "loss = loss - entropy_coefficient * entropy",
+        "loss = loss + entropy_coefficient * entropy",
         "the sign of the bonus",
         (),
         (LOSSES_OF_A2C,),
@@ -281,8 +281,8 @@ IN_ACTOR_CRITIC = (
     Mutant(
         "actor-critic forgets its value coefficient",
         ACTOR_CRITIC,
-        "per_step = value_coefficient * value_error - objective",
-        "per_step = value_error - objective",
+        "loss = policy_loss + value_coefficient * value_loss",
+        "loss = policy_loss + value_loss",
         "c_V is 1",
         (),
         (LOSSES_OF_A2C,),

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled, scheduled_in_words
@@ -204,18 +203,14 @@ def score_and_value_loss(
     """sum_t w_t [ -l_t Psi_t + c_V * 0.5 (V_t - target_t)^2 - c_H H_t ] with its parts as metrics."""
     assert evaluation.value is not None
     assert batch.value_target is not None
-    objective = score_function(evaluation.log_prob, batch.advantage)
-    value_error = squared_value_error(evaluation.value, batch.value_target)
-    per_step = value_coefficient * value_error - objective
+    policy_loss = -weighted_sum(score_function(evaluation.log_prob, batch.advantage), batch.weight)
+    value_loss = weighted_sum(squared_value_error(evaluation.value, batch.value_target), batch.weight)
+    entropy = weighted_sum(evaluation.entropy, batch.weight)
+    loss = policy_loss + value_coefficient * value_loss
     if entropy_coefficient != 0.0:
-        per_step = per_step - entropy_coefficient * evaluation.entropy
-    with torch.no_grad():
-        metrics = {
-            "policy_loss": -weighted_sum(objective, batch.weight),
-            "value_loss": weighted_sum(value_error, batch.weight),
-            "entropy": weighted_sum(evaluation.entropy, batch.weight),
-        }
-    return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
+        loss = loss - entropy_coefficient * entropy
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    return Loss(value=loss, metrics={name: metric.detach() for name, metric in metrics.items()})
 
 
 def _entropy_bias(coefficient: float) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ class EnvironmentCollector:
         self._episode_limit = episode_limit
         self._observation: ObservationArrays | None = None
         self._memory: ObservationArrays | None = None
+        self._action: np.ndarray | None = None
         self._time = np.zeros(environments.num_envs, dtype=np.int64)
         self._returns = np.zeros(environments.num_envs)
         self._finished: list[tuple[float, int]] = []
@@ -161,8 +162,10 @@ class EnvironmentCollector:
         environments = self.environments
         noise = sampler.noise(generator, steps, environments.num_envs)
         with few_threads(environments.num_envs):
-            sampler.begin(None, environments.num_envs)
-            rollout = Rollout.allocate(first, sampler.sample(first, noise[0]), steps)
+            if self._action is None:
+                sampler.begin(None, environments.num_envs)
+                self._action = sampler.sample(first, noise[0])
+            rollout = Rollout.allocate(first, self._action, steps)
             sampler.begin(memory, environments.num_envs)
             try:
                 _loop(environments, sampler, noise, rollout, first, self._row_steps or steps)

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 from upslope.algorithms.protocol import Now, scheduled
@@ -143,8 +142,8 @@ class ControlSession:
         metrics["collect_seconds"] = collected - start
         metrics["learn_seconds"] = time.perf_counter() - collected
         if self.returns:
-            metrics["episode_return"] = float(np.mean(self.returns))
-            metrics["episode_length"] = float(np.mean(self.lengths))
+            metrics["episode_return"] = sum(self.returns) / len(self.returns)
+            metrics["episode_length"] = sum(self.lengths) / len(self.lengths)
         return metrics
 
     def _looked_at(self, trajectory: Trajectory, acting: ActorCritic) -> Trajectory:
