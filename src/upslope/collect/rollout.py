@@ -133,12 +133,21 @@ class Rollout:
         raise NonFiniteError(f"environment {where}, step {first} of update {update}: {text}. {remedy}")
 
 
+def _finite(array: np.ndarray) -> np.ndarray:
+    """Which values are finite as float32."""
+    if array.dtype == np.float32:
+        return np.isfinite(array)
+    with np.errstate(over="ignore"):
+        return np.isfinite(array.astype(np.float32))
+
+
 def _unfinite(arrays: ObservationArrays) -> np.ndarray:
     """Rows with a value that is not finite."""
     rows: list[np.ndarray] = []
     for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
-        if array.dtype.kind == "f":
-            rows.append(np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))))
+        finite = np.isfinite(array) if array.dtype.kind == "f" else None
+        if finite is not None and not finite.all():
+            rows.append(np.flatnonzero(~finite.all(axis=tuple(range(1, array.ndim)))))
     return np.unique(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)
 
 
@@ -147,8 +156,7 @@ def _find(faults: list[tuple[int, int, int, str]], kind: int, what: str, arrays:
     for name, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
         if array.dtype.kind != "f":
             continue
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(array.astype(np.float32, copy=False))
+        finite = _finite(array)
         if finite.all():
             continue
         flat = finite.reshape(*array.shape[:2], -1)

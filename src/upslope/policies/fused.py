@@ -165,25 +165,35 @@ def plain_mlps(features: Tensor, layouts: Sequence[Layout], *tensors: Tensor) ->
 def mlps(features: Tensor, layouts: Sequence[Layout], *tensors: Tensor) -> tuple[Tensor, ...]:
     """`plain_mlps`, as one node where the closed form applies."""
     if fusable(features, tensors[0]) and all(layout.activation in FUSED_ACTIVATIONS for layout in layouts):
+        if not torch.is_grad_enabled():
+            return _mlps_forward(features, layouts, tensors)[0]
         return _MLPs.apply(features, layouts, *tensors)  # pyright: ignore[reportReturnType]
     return plain_mlps(features, layouts, *tensors)
+
+
+def _mlps_forward(
+    features: Tensor, layouts: Sequence[Layout], tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], list[list[np.ndarray]]]:
+    """The outputs, and what came out of each activation of each perceptron; without gradient."""
+    arrays, source = [tensor.numpy() for tensor in tensors], features.numpy()
+    outputs: list[Tensor] = []
+    activations: list[list[np.ndarray]] = []
+    start = 0
+    for layout in layouts:
+        output, hidden = _mlp_forward(source, layout, arrays[start : start + layout.tensors])
+        outputs.append(torch.from_numpy(output))
+        activations.append(hidden)
+        start += layout.tensors
+    return tuple(outputs), activations
 
 
 class _MLPs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, layouts: Sequence[Layout], *tensors: Tensor) -> tuple[Tensor, ...]:
-        arrays, source = [tensor.numpy() for tensor in tensors], features.numpy()
-        outputs: list[Tensor] = []
-        activations: list[list[np.ndarray]] = []
-        start = 0
-        for layout in layouts:
-            output, hidden = _mlp_forward(source, layout, arrays[start : start + layout.tensors])
-            outputs.append(torch.from_numpy(output))
-            activations.append(hidden)
-            start += layout.tensors
-        ctx.layouts, ctx.activations = layouts, activations
+        outputs, ctx.activations = _mlps_forward(features, layouts, tensors)
+        ctx.layouts = layouts
         ctx.save_for_backward(features, *tensors)
-        return tuple(outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -6,7 +6,9 @@ clipping and stepping are one call each however many layers there are.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -138,7 +140,31 @@ class FlatOptimizer:
         }
 
 
-def _build(flat: nn.Parameter, config: OptimizerConfig) -> torch.optim.Optimizer:
+@final
+class _RMSprop:
+    """`torch.optim.RMSprop` of one tensor, number for number, without what that does for many of any kind.
+
+        v <- decay v + (1 - decay) g^2,  theta <- theta - learning rate * g / (sqrt(v) + epsilon)
+
+    In tiny updates, such as those of A2C, the preparations took longer than the step.
+    """
+
+    def __init__(self, flat: nn.Parameter, config: OptimizerConfig) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"lr": config.learning_rate}]
+        self.state: defaultdict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
+        self._flat, self._decay, self._epsilon = flat, config.decay, config.epsilon
+
+    @torch.no_grad()
+    def step(self) -> None:
+        flat, gradient, moments = self._flat, self._flat.grad, self.state[self._flat]
+        assert gradient is not None
+        if not moments:
+            moments["square_avg"] = torch.zeros_like(flat)
+        square = moments["square_avg"].mul_(self._decay).addcmul_(gradient, gradient, value=1.0 - self._decay)
+        flat.addcdiv_(gradient, square.sqrt().add_(self._epsilon), value=-self.param_groups[0]["lr"])
+
+
+def _build(flat: nn.Parameter, config: OptimizerConfig) -> torch.optim.Optimizer | _RMSprop:
     if config.kind == "adam":
         return torch.optim.Adam([flat], lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
     if config.kind == "adamw":
@@ -151,5 +177,5 @@ def _build(flat: nn.Parameter, config: OptimizerConfig) -> torch.optim.Optimizer
             fused=True,
         )
     if config.kind == "rmsprop":
-        return torch.optim.RMSprop([flat], lr=config.learning_rate, alpha=config.decay, eps=config.epsilon)
+        return _RMSprop(flat, config)
     return torch.optim.SGD([flat], lr=config.learning_rate, momentum=config.momentum)

@@ -146,7 +146,8 @@ def learn(
             kl = batch.behaviour_distribution.kl(policy.evaluate(batch).distribution)
         metrics["kl_after"] = float(kl[batch.mask].mean())
     if value is not None and signal.value_target is not None:
-        metrics["explained_variance"] = explained_variance(value[trajectory.mask], signal.value_target[trajectory.mask])
+        chosen = trajectory.mask if trajectory.partial_mask is not None else ...
+        metrics["explained_variance"] = explained_variance(value[chosen], signal.value_target[chosen])
     state = algorithm.adapt(now.state, metrics)
     if meter is not None:
         metrics.update(meter.end(policy, moved="kl" not in metrics))
