@@ -37,7 +37,7 @@ IN_SEGMENTS: tuple[Mutant, ...] = (
         "label = torch.tensor([1.0, -1.0]).repeat(len(pairs)).unsqueeze(-1)",
         "label = torch.tensor([-1.0, 1.0]).repeat(len(pairs)).unsqueeze(-1)",
         "pairs stand the wrong way round",
-        (PAIRED,),
+        (),
         ("test_pairs_of_segments_stand_the_right_way_round",),
     ),
     Mutant(
