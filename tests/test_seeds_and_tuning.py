@@ -140,7 +140,7 @@ def test_there_is_room_for_one_process_at_least() -> None:
 
 
 def test_a_search_finds_settings_and_outlives_a_trial_that_fails(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = ["--search", "environment.id=problem/two-state,problem/nowhere", "--search", "algorithm.clip=0.1..0.3"]
     words = ["tune", "mine.py:small", *search, "--name", "it", "--steps", "64", "--study_seed", "3"]
@@ -154,7 +154,9 @@ def test_a_search_finds_settings_and_outlives_a_trial_that_fails(
         assert (one["state"] == "fail") == (one["settings"]["environment.id"] == "problem/nowhere")
         assert one["error"] is None or "there is no problem 'nowhere'" in one["error"]
     best = max((one for one in result["trials"] if one["value"] is not None), key=lambda one: one["value"])
-    run = load_recipe(f"{place}/best.py:best")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(place)
+        run = load_recipe("best.py:best")
     assert run.algorithm.clip == float(best["settings"]["algorithm.clip"])  # type: ignore[union-attr]
     assert run.steps == 128, "the length of the trials is not that of the recipe"
     assert (place / "importances.png").stat().st_size > 1000

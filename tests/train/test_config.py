@@ -44,6 +44,14 @@ def test_gamma_is_a_discount_factor(gamma: float) -> None:
         Run(environment=EnvironmentConfig(), algorithm=PPO(gamma=gamma))
 
 
+def test_a_task_without_end_has_a_discount_or_an_average_reward() -> None:
+    endless = EnvironmentConfig(id="Pendulum-v1", continuing=True)
+    with pytest.raises(ValueError, match=r"return is not finite at gamma=1: give PPO a gamma below 1, or take Average"):
+        Run(environment=endless, algorithm=PPO(gamma=1.0))
+    Run(environment=endless, algorithm=PPO(gamma=0.99))
+    Run(environment=endless, algorithm=AverageReward(method=PPO(gamma=1.0)))
+
+
 def test_decay_rates_of_the_optimiser() -> None:
     wrongs: tuple[dict[str, Any], ...] = (
         {"betas": (2.0, 0.9)},

@@ -190,7 +190,7 @@ def _report(study: Study, command: Tune, console: Console) -> None:
     settings = [*kept, *as_settings(list(best.user_attrs[VALUES].items()))]
     metric, value = study.metric or "", f"{study.sign * best.value:.6g}"
     recipe = study.directory / "best.py"
-    text = _BEST.format(recipe=command.recipe, value=value, metric=metric, number=best.number, settings=settings)
+    text = _BEST.format(recipe=_from_anywhere(command.recipe), value=value, metric=metric, number=best.number, settings=settings)
     write_file_atomically(recipe, text.encode())
     write_file_atomically(study.directory / "result.json", (json.dumps(_tree(study, found), indent=2) + "\n").encode())
     say(console, "\nthe best settings, at the recipe's own length:")
@@ -226,6 +226,12 @@ def _draw(study: Study, command: Tune, found: dict[str, float], metric: str, con
         say(console, f"no picture: {error}")
     else:
         say(console, f"picture: {picture}")
+
+
+def _from_anywhere(recipe: str) -> str:
+    """The recipe's name; of one in a file, by its absolute path."""
+    file, colon, function = recipe.rpartition(":")
+    return f"{Path(file).resolve()}{colon}{function}" if colon else recipe
 
 
 def _for_training(settings: Sequence[str]) -> list[str]:

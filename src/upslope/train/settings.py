@@ -99,6 +99,12 @@ def check_endless(run: Any) -> None:
             "environment.continuing takes the time limit away, and rollout.episodes asks for whole episodes: set "
             "rollout.steps instead, or environment.continuing to False"
         )
+    discounted = algorithm.target.gradient not in ("average_reward", "given_data")
+    if run.environment.continuing and discounted and algorithm.gamma == 1.0:
+        raise ValueError(
+            f"environment.continuing makes a task without end, whose return is not finite at gamma=1: give {name} a "
+            "gamma below 1, or take AverageReward, or ActorCriticLambda with average_reward_ratio"
+        )
 
 
 def check_natural(run: Any) -> None:
