@@ -194,6 +194,27 @@ def test_a_given_policy_acts_throughout(tmp_path: Path, other: str, monkeypatch:
         assert torch.equal(expected, trajectory.behaviour_log_prob)
 
 
+def test_an_update_that_is_begun_again_acts_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It learnt nothing the first time: who acts is as many updates old as ever, and nothing else moves."""
+    from upslope.train.learner import GradientLearner
+
+    run = tiny(tmp_path, VTraceActorCritic(), policy=NORMALISED, rollout=replace(STEPS, lag=2), steps=256)
+    learn, failing = GradientLearner.learn, 5
+
+    def fails_once(self: Any, trajectory: Trajectory, **rest: Any) -> Any:
+        versions.append(trajectory.policy_version)
+        if len(versions) == failing + 1:
+            raise OffPolicyError("once")
+        return learn(self, trajectory, **rest)
+
+    versions: list[int] = []
+    monkeypatch.setattr(GradientLearner, "learn", fails_once)
+    with pytest.raises(OffPolicyError, match="once"):
+        train(run)
+    resume(tmp_path / "run")
+    assert versions == [0, 0, 0, 1, 2, 3, 3, 4, 5]
+
+
 def test_lag_0_and_one_batch_are_the_ordinary_run(tmp_path: Path) -> None:
     """The first update of a lagging run, too: there is nothing older yet."""
     plain, lagging = (tiny(tmp_path / str(lag), A2C(), rollout=replace(STEPS, lag=lag), steps=128) for lag in (0, 3))

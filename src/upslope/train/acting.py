@@ -41,20 +41,26 @@ class Acting:
                 "middle of an episode: learn from whole episodes (rollout.episodes, with rollout.steps=None)"
             )
         self._policy, self._given = policy, given
-        self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=rollout.lag)
+        self._lag = rollout.lag
+        self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=rollout.lag + 1)
         self._stale = copy.deepcopy(policy).requires_grad_(False) if rollout.lag else None
         self._earlier: deque[tuple[int, Trajectory]] = deque(maxlen=rollout.batches - 1)
         self._staleness = 0.0
         self._rows_each = 1 if rollout.row_steps is None else (rollout.steps or 0) // rollout.row_steps
 
-    def policy(self) -> ActorCritic:
-        """Who acts in the update that begins."""
+    def policy(self, update: int) -> ActorCritic:
+        """Who acts in update `update`, which begins, or begins again."""
         if self._given is not None:
             return self._given
-        if self._stale is None or not self._older:
+        older = self._older_than(update)
+        if self._stale is None or older is None:
             return self._policy
-        self._stale.load_state_dict(self._older[0][1])
+        self._stale.load_state_dict(older[1])
         return self._stale
+
+    def _older_than(self, update: int) -> tuple[int, dict[str, Tensor]] | None:
+        """The update, and what the policy was before it, from which `update` acts; None if that is the policy now."""
+        return next((older for older in self._older if older[0] >= update - self._lag), None)
 
     def gather(self, trajectory: Trajectory, update: int, gamma: float) -> Trajectory:
         """What update `update` learns from: its own rollout and those before it that are still used, oldest first.
@@ -67,8 +73,8 @@ class Acting:
             update: which one begins.
             gamma: the algorithm's discount factor.
         """
-        version = self._older[0][0] if self._older else update
-        trajectory = replace(trajectory, policy_version=version)
+        older = self._older_than(update)
+        trajectory = replace(trajectory, policy_version=update if older is None else older[0])
         if self._given is not None:
             trajectory = replace(trajectory, memory=None)
         self._remember(update)

@@ -107,7 +107,7 @@ class ControlSession:
         """One update: collect, learn, and only then let the normalisers see what was collected."""
         run, policy = self.run, self.policy
         start = time.perf_counter()
-        acting = self.acting.policy()
+        acting = self.acting.policy(self.update)
         trajectory = self.collector.collect(acting, self.update)
         collected = time.perf_counter()
         trajectory = self._looked_at(trajectory, acting)
