@@ -124,6 +124,16 @@ def test_a_refused_step_leaves_the_actor_bit_for_bit_and_the_critic_learns_all_t
     assert not torch.equal(critic.layers[0].weight, policy.critic.layers[0].weight)  # pyright: ignore
 
 
+@pytest.mark.parametrize("step_size", [1e38, 1e39], ids=["divergence", "parameters"])
+def test_a_whole_step_to_where_nothing_is_finite_is_refused_bit_for_bit(step_size: float) -> None:
+    policy, trajectory = made()
+    before = actor_of(policy)
+    metrics = update(policy, NPG(step_size=step_size, max_divergence=None, critic_epochs=1), trajectory)
+    refused = ("accepted", "kl", "step_fraction", "surrogate_improvement")
+    assert [metrics[name] for name in refused] == [0.0] * 4
+    assert all(torch.equal(value, before[name]) for name, value in actor_of(policy).items())
+
+
 def test_micro_batches_change_nothing_but_rounding() -> None:
     ends: list[torch.Tensor] = []
     for pieces in (1, 3):

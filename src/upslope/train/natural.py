@@ -8,6 +8,7 @@ critic's are the others: of a torso that both share, the critic is fitted by its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -186,10 +187,20 @@ class NaturalUpdate:
             )
             self._put(found.parameters)
         else:
-            found = LineSearch(start + step, 1.0, *self._measured(start + step))
+            found = self._whole(start, step)
         self.metrics["kl"], self.metrics["step_fraction"] = found.divergence, found.fraction
         self.metrics["accepted"] = float(found.fraction > 0.0)
         self.metrics["surrogate_improvement"] = found.objective - self._before
+
+    def _whole(self, start: Tensor, step: Tensor) -> LineSearch:
+        """All of the step, or nothing of it where parameters, surrogate or KL would not be finite there."""
+        end = start + step
+        if bool(end.isfinite().all()):
+            objective, divergence = self._measured(end)
+            if math.isfinite(objective) and math.isfinite(divergence):
+                return LineSearch(end, 1.0, objective, divergence)
+        self._put(start)
+        return LineSearch(start, 0.0, self._before, 0.0)
 
     @torch.no_grad()
     def _measured(self, parameters: Tensor) -> tuple[float, float]:
