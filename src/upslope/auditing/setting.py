@@ -267,10 +267,10 @@ class FiniteSetting(Generic[_Audited]):
         """[P] what a declared target is here.
 
         Raises:
-            ValueError: if the algorithm learns from given data and follows no return.
+            ValueError: if the algorithm learns from given data, or predicts, and follows no return.
         """
-        if target.gradient == "given_data":
-            raise ValueError("the algorithm learns from given data and follows no gradient of a return")
+        if target.gradient == "given_data" or target.gradient == "prediction":
+            raise ValueError("the algorithm learns from given data, or predicts, and follows no gradient of a return")
         gradient = policy_gradient(
             self.mdp, self.policy, gradient=target.gradient, limit=self.limit, parameters=self.parameters
         )

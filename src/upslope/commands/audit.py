@@ -250,7 +250,7 @@ def _named(name: str, *, gamma: float) -> tuple[AnyAlgorithm, Unit | None]:
         return (kind(gamma=gamma) if _discounted(kind) else kind()), None
     if name.lower() in RECIPES:
         recipe = load_recipe(name.lower())
-        whole = isinstance(recipe, Run) and recipe.rollout.episodes is not None
+        whole = isinstance(recipe, Run) and recipe.acting.episodes is not None
         return recipe.algorithm, "episodes" if whole else None
     names = list(algorithm_names())
     close = difflib.get_close_matches(name.lower(), [*names, *RECIPES], n=3, cutoff=0.4)

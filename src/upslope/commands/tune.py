@@ -190,7 +190,9 @@ def _report(study: Study, command: Tune, console: Console) -> None:
     settings = [*kept, *as_settings(list(best.user_attrs[VALUES].items()))]
     metric, value = study.metric or "", f"{study.sign * best.value:.6g}"
     recipe = study.directory / "best.py"
-    text = _BEST.format(recipe=_from_anywhere(command.recipe), value=value, metric=metric, number=best.number, settings=settings)
+    text = _BEST.format(
+        recipe=_from_anywhere(command.recipe), value=value, metric=metric, number=best.number, settings=settings
+    )
     write_file_atomically(recipe, text.encode())
     write_file_atomically(study.directory / "result.json", (json.dumps(_tree(study, found), indent=2) + "\n").encode())
     say(console, "\nthe best settings, at the recipe's own length:")
