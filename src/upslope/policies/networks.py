@@ -95,6 +95,7 @@ class MLP(nn.Module):
         if outputs is not None:
             layers.append(linear(sizes[-1], outputs, output_gain, generator))
         self.layers = nn.ModuleList(layers)
+        self.affine = tuple(layers)
         self.features = sizes[-1] if outputs is None else outputs + constant
         device = "meta" if generator is None else "cpu"
         self.constant = nn.Parameter(torch.zeros(constant, device=device)) if constant else None
@@ -109,7 +110,7 @@ class MLP(nn.Module):
     def tensors(self) -> list[Tensor]:
         """Weight, bias, weight, bias ... and the constant outputs, if any: the order of `Layout`."""
         found: list[Tensor] = []
-        for layer in cast("list[nn.Linear]", self.layers):
+        for layer in self.affine:
             found += (layer.weight, layer.bias)
         if self.constant is not None:
             found.append(self.constant)
@@ -137,13 +138,12 @@ class LeanMLP:
 
     def __init__(self, network: MLP) -> None:
         arrays = [
-            (layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy())
-            for layer in cast("list[nn.Linear]", network.layers)
+            (layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in network.affine
         ]
         self._constant = None if network.constant is None else network.constant.detach().cpu().numpy()
         self._hidden, self._last = (arrays, None) if network.torso else (arrays[:-1], arrays[-1])
         self._activation = network.activation
-        self.dtype = arrays[0][0].dtype
+        self.dtype, self.device = arrays[0][0].dtype, network.affine[0].weight.device
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """[N, inputs] -> [N, outputs + constant], a new array."""

@@ -40,7 +40,7 @@ class ActorSampler:
         self._normalize = None if normalizer is None else normalizer.lean()
         self._torso = None if torso is None else LeanMLP(torso)
         self._actor = LeanMLP(actor)
-        self._device = next(actor.parameters()).device
+        self._device = self._actor.device
         self._memory = None if memory is None else memory.lean()
         self._critic_encoder = critic_encoder
 

@@ -17,7 +17,9 @@ from upslope.trajectory import Batch, map_observation
 def chosen_steps(batch: Batch) -> Batch:
     """The chosen steps [M] of whole rows [B, T]: what was not chosen is no input of any network or loss."""
     steps = batch.mask.numel()
-    flat = _map(replace(batch, memory=None), lambda tensor: tensor.reshape(steps, *tensor.shape[2:]))
+    if batch.memory is not None:
+        batch = replace(batch, memory=None)
+    flat = _map(batch, lambda tensor: tensor.reshape(steps, *tensor.shape[2:]))
     return flat if bool(flat.mask.all()) else select_units(flat, flat.mask.nonzero().squeeze(-1))
 
 
