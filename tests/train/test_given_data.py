@@ -19,21 +19,25 @@ from upslope import (
     SFT,
     ActorCriticConfig,
     EnvironmentConfig,
+    ImportanceSampled,
     OptimizerConfig,
     Preference,
     RolloutConfig,
     Run,
+    VTraceActorCritic,
 )
 from upslope.cli import main
 from upslope.collect.given_data import RecordedConfig, SegmentPairsConfig
 from upslope.collect.trajectory_file import read_recording, write_recording
-from upslope.errors import UsageError
+from upslope.errors import OffPolicyError, UsageError
+from upslope.policies import MemoryConfig
 from upslope.train import Snapshot, load, resume, train
 from upslope.train.log import read_metrics
 from upslope.train.record import record_run
 from upslope.train.session import ResumeError
 
 ACTOR = ActorCriticConfig(hidden=(16,), critic=False)
+CRITIC = ActorCriticConfig(hidden=(16,))
 SGD = OptimizerConfig(learning_rate=3e-3)
 
 
@@ -63,6 +67,7 @@ def runs(directory: Path, made: Path) -> dict[str, Run]:
     played = replace(pairs, file=None, episodes=6)
     started = {**given, "policy": ActorCriticConfig(hidden=(16,)), "start_from": str(made / "cartpole" / "run")}
     demonstrations = RecordedConfig(file=made / "cartpole.safetensors", rows=4, length=8)
+    episodes = RecordedConfig(file=made / "cartpole.safetensors", rows=6)
     turns = RecordedConfig(file=made / "pendulum.safetensors", rows=2)
     return {
         "grpo": tiny(directory, GRPO(epochs=2, minibatches=2), rollout=in_groups, **grouped),
@@ -73,10 +78,12 @@ def runs(directory: Path, made: Path) -> dict[str, Run]:
         "dpo, played": tiny(directory, Preference(), rollout=played, **started),
         "simpo": tiny(directory, Preference(kind="simpo"), rollout=pairs, **given),
         "kto": tiny(directory, KTO(), rollout=pairs, **given),
+        "weighted": tiny(directory, ImportanceSampled(fewest_effective=0.0), rollout=episodes, **given),
+        "weighted pieces": tiny(directory, VTraceActorCritic(), rollout=demonstrations, **{**given, "policy": CRITIC}),
     }
 
 
-KINDS = ["grpo", "rloo", "sft", "sft continuous", "dpo", "dpo, played", "simpo", "kto"]
+KINDS = ["grpo", "rloo", "sft", "sft continuous", "dpo", "dpo, played", "simpo", "kto", "weighted", "weighted pieces"]
 
 
 class PulledPlugError(RuntimeError):
@@ -127,6 +134,41 @@ def test_a_clone_comes_to_act_as_its_model(tmp_path: Path, made: Path) -> None:
     assert result.evaluation is not None
     assert result.evaluation.score == 40.0
     assert load(tmp_path / "run").critic is None
+
+
+def test_recorded_episodes_are_weighted_by_who_acted(tmp_path: Path, made: Path) -> None:
+    """Of the policy that was recorded every weight is 1; of another one it is the ratio to what the file says."""
+    own = runs(tmp_path, made)["weighted"]
+    own = replace(own, log=replace(own.log, every_steps=1))
+    run = replace(own, policy=CRITIC, start_from=str(made / "cartpole" / "run"), name="own")
+    for name, each in (("own", run), ("other", replace(own, name="other"))):
+        train(each)
+        first = next(r for r in read_metrics(tmp_path / name / "metrics.jsonl") if r["kind"] == "train")
+        assert (first["update"], "staleness" in first, "first_ratio_error" in first) == (1, False, False)
+        share = float(first["effective_sample_size"])
+        assert share == pytest.approx(1.0, abs=1e-4) if name == "own" else share < 0.999
+    with pytest.raises(OffPolicyError):
+        train(replace(own, algorithm=ImportanceSampled(fewest_effective=1.0), name="refused"))
+
+
+def test_what_cannot_be_weighted_is_refused(tmp_path: Path, made: Path) -> None:
+    run, file = runs(tmp_path, made)["weighted"], tmp_path / "changed.safetensors"
+    recording = read_recording(made / "cartpole.safetensors")
+    unknown = replace(recording.trajectory, behaviour_log_prob=recording.trajectory.behaviour_log_prob * float("nan"))
+    begun = replace(recording.trajectory, time=recording.trajectory.time + 1)
+    for trajectory, words in ((unknown, "does not say how probable"), (begun, "6 of the rows .* are no whole")):
+        write_recording(replace(recording, trajectory=trajectory), file)
+        with pytest.raises(UsageError, match=words):
+            train(replace(run, rollout=RecordedConfig(file=file)))
+    cut = RecordedConfig(file=file, length=8)
+    refused("ImportanceSampled needs whole episodes of another policy", algorithm=ImportanceSampled(), rollout=cut)
+    with pytest.raises(ValueError, match="a policy with a memory needs whole episodes"):
+        Run(
+            environment=environment(2),
+            policy=replace(CRITIC, memory=MemoryConfig()),
+            algorithm=VTraceActorCritic(),
+            rollout=cut,
+        )
 
 
 def refused(words: str, **settings: Any) -> None:

@@ -12,7 +12,7 @@ SegmentReturn: TypeAlias = Literal["segment", "to_go"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedConfig:
-    """Demonstrations: episodes that were recorded in a file (`upslope record`)."""
+    """Episodes that were recorded in a file (`upslope record`): to imitate, or to weigh by who acted in them."""
 
     file: Path
     """Of trajectories."""

@@ -1,4 +1,4 @@
-"""Recorded episodes -> demonstrations: rows of what somebody else did, to be imitated."""
+"""Recorded episodes -> rows of what somebody else did: to be imitated, or weighted by the probability of doing it."""
 
 from __future__ import annotations
 
@@ -22,33 +22,44 @@ from upslope.trajectory import Policy, Trajectory, Tree
 class RecordedCollector:
     """Brings rows of recorded episodes in an order derived from the seed; a `upslope.trajectory.Collector`.
 
-    Nobody sampled them here: `behaviour_log_prob` is NaN where the mask is True, and what a recurrent recorder carried
-    is left out, since it means nothing to another policy.
+    Demonstrations were sampled by nobody: `behaviour_log_prob` is NaN where the mask is True. What is weighted keeps
+    that of who was recorded. What a recurrent recorder carried is left out, since it means nothing to another policy.
 
     Args:
         recording: with episodes of the same spaces as the environments.
         environments: that the policy is made for; stepped by nobody.
         config: how many rows, and how long.
         seed: of the run.
+        weighted: whether the rows are to be weighted by the log-probs of who was recorded.
+        whole: whether every row must be an episode from its start to its end.
 
     Attributes:
         environments: as given; closed with the collector.
         steps_taken: chosen steps of the last update's rows.
 
     Raises:
-        UsageError: if the spaces differ, or nothing is recorded.
+        UsageError: if the spaces differ, or nothing is recorded, or not what is needed of it.
     """
 
     def __init__(
-        self, recording: Recording, environments: VectorEnvironment, config: RecordedConfig, *, seed: int
+        self,
+        recording: Recording,
+        environments: VectorEnvironment,
+        config: RecordedConfig,
+        *,
+        seed: int,
+        weighted: bool = False,
+        whole: bool = False,
     ) -> None:
         own = (environments.observation_space, environments.action_space)
         check_recorded_spaces((recording.observation_space, recording.action_space), own, str(config.file))
         self.environments = environments
-        self._trajectory = unsampled(recording.trajectory)
+        self._trajectory = _weighted(recording.trajectory, config) if weighted else unsampled(recording.trajectory)
         self._pieces = _pieces(recording.trajectory, config.length)
         if not self._pieces:
             raise UsageError(f"{config.file} holds no chosen step: record episodes that a policy acted in")
+        if whole:
+            _check_whole(recording.trajectory, config)
         self._rows = config.rows
         self._order = ExampleOrder(len(self._pieces), seed=seed)
         self.steps_taken = 0
@@ -121,6 +132,28 @@ def unsampled(trajectory: Trajectory) -> Trajectory:
     """The same as given data: no log-prob of who acted, no group, no memory."""
     nobody = torch.full_like(trajectory.behaviour_log_prob, torch.nan).masked_fill(~trajectory.mask, 0.0)
     return replace(trajectory, behaviour_log_prob=nobody, group=None, memory=None)
+
+
+def _weighted(trajectory: Trajectory, config: RecordedConfig) -> Trajectory:
+    """The same with the log-probs of who acted, without group and memory."""
+    if not bool(trajectory.behaviour_log_prob[trajectory.mask].isfinite().all()):
+        raise UsageError(
+            f"{config.file} does not say how probable its actions were (behaviour_log_prob is not finite), by which "
+            "they are to be weighted: record episodes of a policy with `upslope record`, or imitate these with SFT"
+        )
+    return replace(trajectory, group=None, memory=None)
+
+
+def _check_whole(trajectory: Trajectory, config: RecordedConfig) -> None:
+    ends = trajectory.terminated | trajectory.truncated
+    last = (row_lengths(trajectory) - 1).clamp(min=0).unsqueeze(-1)
+    chosen = trajectory.mask.any(-1)
+    whole = (trajectory.time[:, 0] == 0) & (ends.sum(-1) == 1) & ends.gather(1, last).squeeze(-1)
+    if not bool(whole[chosen].all()):
+        raise UsageError(
+            f"{int((chosen & ~whole).sum())} of the rows in {config.file} are no whole episodes, and their weights "
+            "need all that was decided before: record whole ones (`upslope record` does), or take VTraceActorCritic"
+        )
 
 
 def _pieces(trajectory: Trajectory, length: int | None) -> Sequence[Piece]:

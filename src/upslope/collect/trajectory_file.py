@@ -93,7 +93,7 @@ def write_recording(recording: Recording, path: str | Path) -> None:
         sha256="",
     )
     header = replace(header, sha256=_checksum(header, tensors))
-    raw = safetensors.torch.save(tensors, metadata={"format": "pt", _KEY: json.dumps(asdict(header))})
+    raw = safetensors.torch.save(tensors, metadata={_KEY: json.dumps(asdict(header))})
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -29,19 +29,22 @@ class Acting:
         policy: that learns; its parameters still where it was built (no optimiser has taken them yet).
         rollout: who acts, and how many rollouts are learnt from together.
         given: the policy of `rollout.behaviour`, which acts throughout; None where there is none.
+        recorded: whether what another policy did comes from a file.
 
     Raises:
         UsageError: if the policy has a memory that another one's steps would leave unknown.
     """
 
-    def __init__(self, policy: ActorCritic, rollout: RolloutConfig, *, given: ActorCritic | None) -> None:
+    def __init__(
+        self, policy: ActorCritic, rollout: RolloutConfig, *, given: ActorCritic | None, recorded: bool
+    ) -> None:
         if given is not None and policy.sequential and rollout.steps is not None:
             raise UsageError(
                 "the policy that learns has a memory, and where another one acted nobody knows what it held in the "
                 "middle of an episode: learn from whole episodes (rollout.episodes, with rollout.steps=None)"
             )
         self._policy, self._given = policy, given
-        self._lag = rollout.lag
+        self._lag, self._recorded = rollout.lag, recorded
         self._older: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=rollout.lag + 1)
         self._stale = copy.deepcopy(policy).requires_grad_(False) if rollout.lag else None
         self._earlier: deque[tuple[int, Trajectory]] = deque(maxlen=rollout.batches - 1)
@@ -104,10 +107,11 @@ class Acting:
         is one only where a policy learns from itself, goes; the distance from another policy that was given becomes
         `behaviour_kl`, as it is not how far an update moved.
         """
-        if self._given is None and self._stale is None and self._earlier.maxlen == 0:
+        another = self._given is not None or self._recorded
+        if not another and self._stale is None and self._earlier.maxlen == 0:
             return metrics
         metrics = {name: value for name, value in metrics.items() if name not in ("first_ratio_error", "mismatch")}
-        if self._given is None:
+        if not another:
             metrics["staleness"] = self._staleness
         elif "kl" in metrics:
             metrics["behaviour_kl"] = metrics.pop("kl")

@@ -272,6 +272,11 @@ class Run:
         """How the policy acts; where it learns from given data, with nothing in it that would have another act."""
         return self.rollout if isinstance(self.rollout, RolloutConfig) else RolloutConfig()
 
+    @property
+    def weighs_recorded(self) -> bool:
+        """Whether recorded episodes are weighted by the log-probs of who acted in them, and not imitated."""
+        return isinstance(self.rollout, RecordedConfig) and self.algorithm.target.gradient != "given_data"
+
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         at_least(1, steps=self.steps)
@@ -302,12 +307,16 @@ def check_experience(run: Run) -> None:
     if isinstance(rollout, RolloutConfig):
         _check_acting(run, rollout)
         return
+    if run.weighs_recorded and passes.proximal_in_advantage:
+        _check_weighed(run)
+        return
     paired = passes.together > 1 or isinstance(run.algorithm, KTO)
     wanted = SegmentPairsConfig if paired else RecordedConfig
     if not given:
         raise ValueError(
             f"{name} learns from what the policy does itself: set rollout to a RolloutConfig, or take SFT (for "
-            "demonstrations) or Preference (for pairs)"
+            "demonstrations), Preference (for pairs), or ImportanceSampled or VTraceActorCritic (for recorded episodes "
+            "with the log-probabilities of who acted)"
         )
     if not isinstance(rollout, wanted):
         raise ValueError(f"{name} learns from other data: set rollout to a {wanted.__name__}")
@@ -319,6 +328,16 @@ def check_experience(run: Run) -> None:
             f"an update of {rows} rows cannot be cut into {passes.minibatches} minibatches of {passes.together} rows "
             "or more: take more per update, or lower algorithm.minibatches"
         )
+
+
+def _check_weighed(run: Run) -> None:
+    name, rollout = type(run.algorithm).__name__, run.rollout
+    assert isinstance(rollout, RecordedConfig)
+    if rollout.length is not None and (run.algorithm.passes.whole_episodes or run.policy.memory is not None):
+        who = name if run.algorithm.passes.whole_episodes else "a policy with a memory"
+        raise ValueError(f"{who} needs whole episodes of another policy: set rollout.length to None")
+    if run.policy.normalize_reward:
+        raise ValueError("normalize_reward follows environments step by step: set policy.normalize_reward to False")
 
 
 def _check_acting(run: Run, rollout: RolloutConfig) -> None:

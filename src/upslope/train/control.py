@@ -74,7 +74,7 @@ class ControlSession:
         self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
         self.spaces = [space_to_tree(space) for space in spaces]
         self.beginning = begin(self.policy, run, places, encoder)
-        self.acting = Acting(self.policy, run.acting, given=self.beginning.behaviour)
+        self.acting = Acting(self.policy, run.acting, given=self.beginning.behaviour, recorded=run.weighs_recorded)
         optimizer = FlatOptimizer(self.policy, run.optimizer)
         self.hold = Hold(self.policy, optimizer, run.critic_first)
         self.learner = learner_of(self.policy, run.algorithm, optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from upslope.collect.given_data import RecordedConfig
 from upslope.policies.config import MemoryConfig
 from upslope.train.config import Run
 from upslope.train.language.config import LanguageRun
@@ -54,6 +55,8 @@ def describe_run(run: Run | LanguageRun) -> dict[str, str]:
 def _acting(run: Run) -> dict[str, str]:
     """Who acts, where it is not the policy that learns, and how many rollouts are learnt from together."""
     rows: dict[str, str] = {}
+    if run.weighs_recorded and isinstance(run.rollout, RecordedConfig):
+        rows["who acts"] = f"whoever was recorded in {run.rollout.file}, with the log-probs written there"
     if run.acting.lag:
         rows["who acts"] = f"the policy as it was {run.acting.lag} updates ago"
     if run.acting.behaviour is not None:

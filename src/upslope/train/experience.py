@@ -51,7 +51,14 @@ def build_experience(run: Run, environments: VectorEnvironment, policy: Policy) 
     """
     rollout = run.rollout
     if isinstance(rollout, RecordedConfig):
-        return RecordedCollector(read_recording(rollout.file), environments, rollout, seed=run.seed)
+        return RecordedCollector(
+            read_recording(rollout.file),
+            environments,
+            rollout,
+            seed=run.seed,
+            weighted=run.weighs_recorded,
+            whole=run.weighs_recorded and run.algorithm.passes.whole_episodes,
+        )
     if isinstance(rollout, SegmentPairsConfig):
         return _segment_pairs(run, rollout, environments, policy)
     if rollout.group_size is not None:
