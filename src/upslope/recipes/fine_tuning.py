@@ -32,7 +32,7 @@ def cartpole_fine_tune() -> Run:
             value_coefficient=1.0,
             entropy_coefficient=0.01,
             entropy_schedule="linear",
-            reference_kl=ReferenceKL(coefficient=0.02, place="reward"),
+            reference_kl=ReferenceKL(coefficient=0.2, place="loss", estimator="exact"),
         ),
         steps=60_000,
     )
