@@ -305,7 +305,7 @@ def test_a_meter_goes_on_from_its_state() -> None:
         ({"image": True, "memory": MemoryConfig(size=4, shared=True)}, {"actor."}),
         ({"shared": True, "memory": MemoryConfig(size=4)}, {"memory.actor.", "actor."}),
     ],
-    ids=str,
+    ids=lambda part: str(sorted(part) if isinstance(part, set) else part),
 )
 def test_the_gradient_that_is_watched_is_that_of_the_actor_alone(changes: dict[str, Any], expected: set[str]) -> None:
     """All of what only the actor uses, and nothing that the critic's error moves."""

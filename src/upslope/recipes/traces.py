@@ -37,8 +37,8 @@ def cartpole_traces() -> Run:
         policy=ActorCriticConfig(hidden=(64,), normalize_observation=True),
         algorithm=ActorCriticLambda(gamma=0.99, actor_trace_decay=0.9, critic_trace_decay=0.9),
         rollout=_ONLINE,
-        optimizer=OptimizerConfig(kind="sgd", learning_rate=1e-3, schedule="linear", max_gradient_norm=None),
-        steps=60_000,
+        optimizer=OptimizerConfig(kind="sgd", learning_rate=5e-4, schedule="linear", max_gradient_norm=None),
+        steps=120_000,
     )
 
 
