@@ -1,6 +1,6 @@
 """Live diagnostics: what training's own quantities say about its gradient, and a verdict in plain words."""
 
-from upslope.diagnostics.meter import Meter
+from upslope.diagnostics.meter import Meter, untouched
 from upslope.diagnostics.noise import (
     MinibatchNoise,
     NoiseEstimate,
@@ -31,6 +31,7 @@ __all__ = [
     "noise_of_minibatches",
     "noise_of_pair",
     "psi_variances",
+    "untouched",
     "verdict_line",
     "verdicts",
     "zero_advantage_groups",

@@ -221,7 +221,7 @@ class Meter:
 
 def _kl(policy: Policy, batches: Sequence[Batch]) -> Tensor:
     """The mean over chosen steps of k3 of KL(old || new), old being the one that acted."""
-    with _untouched(policy, batches[0].behaviour_log_prob.device):
+    with untouched(policy, batches[0].behaviour_log_prob.device):
         estimates = [k3(batch.behaviour_log_prob, _log_prob(policy, batch))[batch.mask] for batch in batches]
     return torch.cat(estimates).mean()
 
@@ -234,8 +234,13 @@ def _log_prob(policy: Policy, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _untouched(policy: Policy, device: torch.device) -> Iterator[None]:
-    """One more forward pass draws no random number and moves no running mean of a network that would."""
+def untouched(policy: Policy, device: torch.device) -> Iterator[None]:
+    """One more forward pass draws no random number and moves no running mean of a network that would.
+
+    Args:
+        policy: whose buffers stay as they are.
+        device: where it computes.
+    """
     buffers = list(policy.buffers()) if isinstance(policy, nn.Module) else []
     before = [buffer.clone() for buffer in buffers]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from upslope.algorithms.protocol import Now, scheduled
 from upslope.collect import EnvironmentFailureError, NonFiniteError
 from upslope.collect.rollout import with_log_prob
 from upslope.collect.vector import VectorEnvironment
-from upslope.diagnostics import Meter
+from upslope.diagnostics import Meter, untouched
 from upslope.errors import OffPolicyError
 from upslope.policies import ActorCritic
 from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to_tree
@@ -36,7 +37,6 @@ FIGURES = Figures(
     shown=(
         ("return", "episode_return", "{:.1f}"),
         ("length", "episode_length", "{:.1f}"),
-        ("average reward", "average_reward", "{:.3f}"),
         ("KL", "kl", "{:.4f}"),
         ("entropy", "entropy", "{:.3f}"),
         ("explained variance", "explained_variance", "{:.2f}"),
@@ -45,10 +45,17 @@ FIGURES = Figures(
         ("value loss", "value_loss", "{:.4g}"),
         ("learning rate", "learning_rate", "{:.2g}"),
     ),
-    spoken=("episode_return", "average_reward", "kl", "entropy", "explained_variance"),
+    spoken=("episode_return", "kl", "entropy", "explained_variance"),
     unit="steps",
 )
 """What is shown of an agent's updates."""
+
+ENDLESS_FIGURES = replace(
+    FIGURES,
+    shown=(("average reward", "average_reward", "{:.3f}"), *FIGURES.shown),
+    spoken=("average_reward", *FIGURES.spoken),
+)
+"""The same where the average reward is followed."""
 
 
 class ControlSession:
@@ -64,11 +71,11 @@ class ControlSession:
         UsageError: if a policy that the run begins with does not fit it.
     """
 
-    figures = FIGURES
     failures = (EnvironmentFailureError, NonFiniteError, OffPolicyError)
 
     def __init__(self, run: Run, environments: VectorEnvironment, *, encoder: nn.Module | None, places: Places) -> None:
         self.run = run
+        self.figures = ENDLESS_FIGURES if run.algorithm.target.gradient == "average_reward" else FIGURES
         generator = torch_stream(run.seed, Purpose.INITIALISATION)
         spaces = (environments.observation_space, environments.action_space)
         self.policy = ActorCritic(*spaces, run.policy, generator=generator, encoder=encoder)
@@ -153,7 +160,10 @@ class ControlSession:
         every, after = self.run.log.diagnose_every, self.steps + self.collector.steps_taken
         closely = after // every > self.steps // every
         self.meter.look(closely=closely)
-        return with_log_prob(trajectory, acting) if closely and self.log_prob_left_out else trajectory
+        if not (closely and self.log_prob_left_out):
+            return trajectory
+        with untouched(acting, trajectory.reward.device):
+            return with_log_prob(trajectory, acting)
 
     def state(self, *, collector: bool = True) -> Tree:
         """All of it; without the environments if they failed, so that they are made anew on resume.

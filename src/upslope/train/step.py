@@ -122,25 +122,50 @@ def learn(
             going = not (passes.kl_stop == "before_step" and totals.kl_beyond(passes.target_kl, 1.5))
             if not going:
                 break
-            if passes.natural is None:
-                totals.add_norm(optimizer.step(learning_rate))
-                continue
-            cut = replace(passes, minibatches=min(passes.natural.critic_minibatches, len(minibatch.mask)))
-            norm, of_step = natural_update(
-                policy,
-                algorithm,
-                optimizer,
-                minibatch,
-                now,
-                learning_rate=learning_rate,
-                first=select_units(minibatch, slice(0, 1)),
-                pieces=partial(micro_batches, parts=optimizer.micro_batches, together=passes.together),
-                minibatches=partial(cut_minibatches, passes=cut, generator=generator),
-            )
+            norm, of_step = _move(policy, algorithm, optimizer, minibatch, passes, now, learning_rate, generator)
             totals.add_norm(norm)
         if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
             break
     metrics = {**totals.means(), **of_step, **{name: float(metric) for name, metric in signal.metrics.items()}}
+    metrics |= _afterwards(policy, trajectory, batch, value, signal)
+    state = algorithm.adapt(now.state, metrics)
+    if meter is not None:
+        metrics.update(meter.end(policy, moved="kl" not in metrics))
+    return Learned(state=state, metrics=metrics, advantage=advantage)
+
+
+def _move(
+    policy: Policy,
+    algorithm: Algorithm,
+    optimizer: Stepper,
+    minibatch: Batch,
+    passes: Passes,
+    now: Now,
+    learning_rate: float,
+    generator: np.random.Generator,
+) -> tuple[float, dict[str, float]]:
+    """Use the gradient that lies in the parameters: the optimiser's step, or a natural one. Its norm and metrics."""
+    if passes.natural is None:
+        return optimizer.step(learning_rate), {}
+    cut = replace(passes, minibatches=min(passes.natural.critic_minibatches, len(minibatch.mask)))
+    return natural_update(
+        policy,
+        algorithm,
+        optimizer,
+        minibatch,
+        now,
+        learning_rate=learning_rate,
+        first=select_units(minibatch, slice(0, 1)),
+        pieces=partial(micro_batches, parts=optimizer.micro_batches, together=passes.together),
+        minibatches=partial(cut_minibatches, passes=cut, generator=generator),
+    )
+
+
+def _afterwards(
+    policy: Policy, trajectory: Trajectory, batch: Batch, value: Tensor | None, signal: Signal
+) -> dict[str, float]:
+    """What is measured once the update is over."""
+    metrics: dict[str, float] = {}
     if batch.behaviour_distribution is not None:
         with torch.no_grad():
             kl = batch.behaviour_distribution.kl(policy.evaluate(batch).distribution)
@@ -148,10 +173,7 @@ def learn(
     if value is not None and signal.value_target is not None:
         chosen = trajectory.mask if trajectory.partial_mask is not None else ...
         metrics["explained_variance"] = explained_variance(value[chosen], signal.value_target[chosen])
-    state = algorithm.adapt(now.state, metrics)
-    if meter is not None:
-        metrics.update(meter.end(policy, moved="kl" not in metrics))
-    return Learned(state=state, metrics=metrics, advantage=advantage)
+    return metrics
 
 
 def _fitting(policy: Policy, passes: Passes, trajectory: Trajectory) -> Passes:
