@@ -138,11 +138,10 @@ HOLDER = textwrap.dedent(
     from upslope.train.run_directory import RunDirectory
 
     run = RunDirectory.open(Path(sys.argv[1]))
-    worker = os.fork()
-    if worker == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(worker, flush=True)
     time.sleep(60)
     """
 )
