@@ -6,8 +6,13 @@ import math
 import pytest
 from rich.console import Console
 
-from upslope.train.control import FIGURES
+from upslope.collect import make_environments
+from upslope.recipes import load_recipe
+from upslope.train import Run
+from upslope.train.control import FIGURES, ControlSession
+from upslope.train.problems import environments_of
 from upslope.train.progress import ProgressDisplay
+from upslope.train.starting_weights import Places
 
 
 class Clock:
@@ -156,3 +161,16 @@ def test_an_error_inside_gives_the_terminal_back() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         run()
     assert text_of(console).rstrip().endswith("\x1b[?25h")
+
+
+@pytest.mark.parametrize(("recipe", "shown"), [("access-control-ppo", True), ("six-state-ppo", False)])
+def test_the_average_reward_is_shown_where_it_is_followed(recipe: str, shown: bool) -> None:
+    run = load_recipe(recipe)
+    assert isinstance(run, Run)
+    environments = make_environments(environments_of(run.environment, None), run.environment)
+    session = ControlSession(
+        run, environments, encoder=None, places=Places(start=None, reference=None, behaviour=None, potential=None)
+    )
+    assert ("average_reward" in session.figures.spoken) is shown
+    assert ("average_reward" in [name for _, name, _ in session.figures.shown]) is shown
+    session.close()
