@@ -22,7 +22,7 @@ from upslope.policies import (
     MultiCategorical,
     SquashedGaussian,
 )
-from upslope.policies.fused import categorical, gaussian, plain_categorical, plain_gaussian
+from upslope.policies.fused_distributions import categorical, gaussian, plain_categorical, plain_gaussian
 
 LOW, HIGH = np.array([-2.0, 0.5, -1.0], dtype=np.float32), np.array([1.0, 3.5, 1.0], dtype=np.float32)
 

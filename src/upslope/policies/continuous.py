@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from upslope.policies.distributions import Head, softplus
-from upslope.policies.fused import gaussian
+from upslope.policies.fused_distributions import gaussian
 
 
 class _Spread:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from upslope.policies.fused import IMPOSSIBLE, categorical
+from upslope.policies.fused_distributions import IMPOSSIBLE, categorical
 
 
 def softplus(x: Tensor) -> Tensor:
