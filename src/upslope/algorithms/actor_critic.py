@@ -14,7 +14,17 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled, scheduled_in_words
+from upslope.algorithms.protocol import (
+    Loss,
+    Now,
+    Passes,
+    ScheduleName,
+    Stateless,
+    Target,
+    entropy_bias,
+    scheduled,
+    scheduled_in_words,
+)
 from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
     discount_weight,
@@ -29,7 +39,7 @@ from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OneStepActorCritic:
+class OneStepActorCritic(Stateless):
     """One-step actor-critic: the TD residual is both the critic's error and the actor's Psi."""
 
     gamma: float = 0.99
@@ -55,12 +65,8 @@ class OneStepActorCritic:
             gradient="discounted" if self.discounted_states else "undiscounted_states",
             per="step",
             requires=("on_policy", "exact_critic", "fixed_steps"),
-            biased_by=_entropy_bias(self.entropy_coefficient),
+            biased_by=entropy_bias(self.entropy_coefficient),
         )
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """delta_t (GAE at lambda = 0), times gamma^t if asked for; the critic's target is delta_t + V_t."""
@@ -87,10 +93,6 @@ class OneStepActorCritic:
         bonus = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
         return score_and_value_loss(batch, evaluation, self.value_coefficient, bonus)
 
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
-
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""
         return {
@@ -106,7 +108,7 @@ class OneStepActorCritic:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class A2C:
+class A2C(Stateless):
     """Advantage actor-critic (Mnih et al. 2016, synchronous): one score-function step per short fragment."""
 
     gamma: float = 0.99
@@ -142,14 +144,10 @@ class A2C:
             gradient="undiscounted_states",
             per="step",
             requires=("on_policy", "exact_critic", "fixed_steps"),
-            biased_by=scaled + _entropy_bias(self.entropy_coefficient) + self.reference_kl.biased_by,
+            biased_by=scaled + entropy_bias(self.entropy_coefficient) + self.reference_kl.biased_by,
             batchwise=self.normalize_advantage,
             penalty=self.reference_kl.penalty,
         )
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
@@ -177,10 +175,6 @@ class A2C:
         bonus = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
         loss = score_and_value_loss(batch, evaluation, self.value_coefficient, bonus)
         return self.reference_kl.added(loss, batch, evaluation)
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""
@@ -211,7 +205,3 @@ def score_and_value_loss(
         loss = loss - entropy_coefficient * entropy
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
     return Loss(value=loss, metrics={name: metric.detach() for name, metric in metrics.items()})
-
-
-def _entropy_bias(coefficient: float) -> tuple[str, ...]:
-    return ("the entropy bonus adds its own gradient",) if coefficient != 0.0 else ()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from upslope.algorithms.actor_critic import A2C, OneStepActorCritic
 from upslope.algorithms.ppo import PPO
-from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import Loss, Now, Passes, State, Target, Undiscounted
 from upslope.errors import UsageError
 from upslope.estimators import differential_td_residual
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
@@ -28,7 +28,7 @@ Discounted: TypeAlias = PPO | A2C | OneStepActorCritic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AverageReward:
+class AverageReward(Undiscounted):
     """An actor-critic or PPO for a task without end: maximises the average reward per step."""
 
     method: Discounted = field(default_factory=lambda: PPO(gamma=1.0))
@@ -60,11 +60,6 @@ class AverageReward:
         ):
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"{name} is a share from 0 to 1, got {share}")
-
-    @property
-    def gamma(self) -> float:
-        """Nothing is discounted."""
-        return 1.0
 
     @property
     def passes(self) -> Passes:

@@ -31,8 +31,11 @@ from upslope.algorithms.protocol import (
     Now,
     Passes,
     ScheduleName,
-    State,
+    Stateless,
     Target,
+    Undiscounted,
+    check_passes,
+    entropy_bias,
     scheduled,
     scheduled_in_words,
 )
@@ -56,7 +59,7 @@ from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GRPO:
+class GRPO(Undiscounted, Stateless):
     """Whole trajectories, each judged by its group; no critic. gamma is 1."""
 
     baseline: Literal["mean", "leave_one_out"] = "mean"
@@ -122,13 +125,7 @@ class GRPO:
             raise ValueError(f"fixed_length must be at least 1, got {self.fixed_length}")
         if self.scale_epsilon < 0.0 or self.squared_log_ratio < 0.0:
             raise ValueError("scale_epsilon and squared_log_ratio must be at least 0")
-        if self.epochs < 1 or self.minibatches < 1:
-            raise ValueError(f"epochs and minibatches must be at least 1, got {self.epochs} and {self.minibatches}")
-
-    @property
-    def gamma(self) -> float:
-        """No discount."""
-        return 1.0
+        check_passes(self.epochs, self.minibatches)
 
     @property
     def anchored(self) -> bool:
@@ -156,8 +153,7 @@ class GRPO:
         biases = scale_bias(self.scale) + reduction_bias(self.reduction)
         if self.advantage_clip is not None:
             biases += ("the advantage is clipped",)
-        if self.entropy_coefficient != 0.0:
-            biases += ("the entropy bonus adds its own gradient",)
+        biases += entropy_bias(self.entropy_coefficient)
         whoever_acted = self.ratio == "sequence_sum" and self.clip_low is None and self.clip_high is None
         whoever_acted = whoever_acted and not (self.anchored or self.reference_kl.on or self.squared_log_ratio)
         whoever_acted = whoever_acted and self.probability_low is None and self.probability_high is None
@@ -173,10 +169,6 @@ class GRPO:
             group_mean=self.baseline == "mean",
             penalty=self.reference_kl.penalty,
         )
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_i at every chosen step of trajectory i."""
@@ -256,10 +248,6 @@ class GRPO:
             metrics["importance_weight"] = step_average(weight, batch)
             kept = weight if kept is None else kept * weight
         return kept, metrics
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

@@ -26,8 +26,9 @@ from upslope.algorithms.protocol import (
     Now,
     Passes,
     ScheduleName,
-    State,
+    Stateless,
     Target,
+    entropy_bias,
     scheduled,
     scheduled_in_words,
 )
@@ -50,7 +51,7 @@ from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImportanceSampled:
+class ImportanceSampled(Stateless):
     """The score-function estimator over whole episodes of any policy; one optimiser step per batch."""
 
     gamma: float = 0.99
@@ -94,7 +95,7 @@ class ImportanceSampled:
         """
         bent = self.cap is not None or self.self_normalised
         at_the_end: Condition = "exact_critic_at_limit" if self.baseline == "critic" else "no_time_limit"
-        biased = ("the entropy bonus adds its own gradient",) if self.entropy_coefficient != 0.0 else ()
+        biased = entropy_bias(self.entropy_coefficient)
         return Target(
             gradient="discounted" if self.discounted_states else "undiscounted_states",
             per="trajectory",
@@ -102,10 +103,6 @@ class ImportanceSampled:
             biased_by=biased,
             batchwise=self.self_normalised,
         )
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """Psi_t by the chosen weights, times gamma^t if asked for, and what share of the batch they leave.
@@ -185,10 +182,6 @@ class ImportanceSampled:
             coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
             per_step = per_step - coefficient * evaluation.entropy
         return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

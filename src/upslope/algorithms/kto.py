@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.pairs import labels, row_weight
-from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import Loss, Now, Passes, Stateless, Target, Undiscounted, check_passes
 from upslope.algorithms.ratios import chosen_log_prob, step_average
 from upslope.errors import UsageError
 from upslope.estimators import kto, sequence_log_prob, sequence_log_ratio, trajectory_mean
@@ -26,7 +26,7 @@ from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KTO:
+class KTO(Undiscounted, Stateless):
     """Rows with reward +1 (desirable) or -1."""
 
     beta: float = 0.1
@@ -49,13 +49,7 @@ class KTO:
         ):
             if not number > 0.0:
                 raise ValueError(f"{name} must be positive, got {number}")
-        if self.epochs < 1 or self.minibatches < 1:
-            raise ValueError(f"epochs and minibatches must be at least 1, got {self.epochs} and {self.minibatches}")
-
-    @property
-    def gamma(self) -> float:
-        """No discount."""
-        return 1.0
+        check_passes(self.epochs, self.minibatches)
 
     @property
     def passes(self) -> Passes:
@@ -75,10 +69,6 @@ class KTO:
     def target(self) -> Target:
         """No policy gradient: there is no return."""
         return Target(gradient="given_data", per="trajectory")
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """+1 at the steps of desirable rows, -1 of others.
@@ -132,10 +122,6 @@ class KTO:
     def _log_ratio(self, log_prob: Tensor, batch: Batch) -> Tensor:
         assert batch.reference_log_prob is not None
         return sequence_log_ratio(log_prob, batch.reference_log_prob, batch.mask, length_normalised=False)
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

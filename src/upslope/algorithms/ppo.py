@@ -17,7 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled, scheduled_in_words
+from upslope.algorithms.protocol import (
+    Loss,
+    Now,
+    Passes,
+    ScheduleName,
+    State,
+    Target,
+    check_passes,
+    entropy_bias,
+    scheduled,
+    scheduled_in_words,
+)
 from upslope.algorithms.ratios import chosen_log_prob
 from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.algorithms.stale import StaleData
@@ -104,8 +115,7 @@ class PPO:
                 raise ValueError(f"{name} must be positive, or None for off, got {bound}")
         if self.kl_target is not None and self.kl_coefficient == 0.0:
             raise ValueError("kl_target adapts the penalty: set kl_coefficient to its first value, for example 1.0")
-        if self.epochs < 1 or self.minibatches < 1:
-            raise ValueError(f"epochs and minibatches must be at least 1, got {self.epochs} and {self.minibatches}")
+        check_passes(self.epochs, self.minibatches)
 
     @property
     def passes(self) -> Passes:
@@ -126,8 +136,7 @@ class PPO:
     def target(self) -> Target:
         """At ratio 1, where the clip is not felt, the mean over steps; away from it a surrogate's gradient."""
         biases = ("the minibatch's standard deviation divides the advantage",) if self.normalize_advantage else ()
-        if self.entropy_coefficient != 0.0:
-            biases += ("the entropy bonus adds its own gradient",)
+        biases += entropy_bias(self.entropy_coefficient)
         return Target(
             gradient="undiscounted_states",
             per="step",

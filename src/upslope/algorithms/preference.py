@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.pairs import pair_signal, pair_weight, told_right
-from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import Loss, Now, Passes, Stateless, Target, Undiscounted, check_passes
 from upslope.algorithms.ratios import chosen_log_prob, step_average
 from upslope.estimators import (
     dpo_sigmoid,
@@ -44,7 +44,7 @@ _WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Preference:
+class Preference(Undiscounted, Stateless):
     """Rows in adjacent pairs: the chosen one (reward +1), then the rejected one (reward -1)."""
 
     kind: Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
@@ -80,13 +80,7 @@ class Preference:
             raise ValueError(f"simpo_margin does nothing for {self.kind}")
         if self.nll_coefficient < 0.0:
             raise ValueError(f"nll_coefficient must be at least 0, got {self.nll_coefficient}")
-        if self.epochs < 1 or self.minibatches < 1:
-            raise ValueError(f"epochs and minibatches must be at least 1, got {self.epochs} and {self.minibatches}")
-
-    @property
-    def gamma(self) -> float:
-        """No discount."""
-        return 1.0
+        check_passes(self.epochs, self.minibatches)
 
     @property
     def passes(self) -> Passes:
@@ -105,10 +99,6 @@ class Preference:
     def target(self) -> Target:
         """No policy gradient: there is no return."""
         return Target(gradient="given_data", per="trajectory")
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """+1 at the steps of chosen rows, -1 of rejected ones."""
@@ -172,10 +162,6 @@ class Preference:
             chosen_length=length[0::2] if normalised else None,
             rejected_length=length[1::2] if normalised else None,
         )
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

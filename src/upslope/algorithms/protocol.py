@@ -252,6 +252,31 @@ class Algorithm(Protocol):
         ...
 
 
+class Stateless:
+    """An algorithm that carries no numbers from update to update."""
+
+    __slots__ = ()
+
+    def initial_state(self) -> State:
+        """Nothing is carried."""
+        return {}
+
+    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
+        """Nothing is carried."""
+        return state
+
+
+class Undiscounted:
+    """An algorithm without discount."""
+
+    __slots__ = ()
+
+    @property
+    def gamma(self) -> float:
+        """No discount."""
+        return 1.0
+
+
 def scheduled(name: ScheduleName, initial: float, progress: float) -> float:
     """A coefficient at a point of the run.
 
@@ -277,3 +302,18 @@ def scheduled_in_words(name: ScheduleName, initial: float) -> str:
     if name == "constant" or initial == 0.0:
         return str(initial)
     return f"{initial} at the start of the run, 0 at its end ({name})"
+
+
+def entropy_bias(coefficient: float) -> tuple[str, ...]:
+    """What an entropy bonus does to the direction, in words."""
+    return ("the entropy bonus adds its own gradient",) if coefficient != 0.0 else ()
+
+
+def check_passes(epochs: int, minibatches: int) -> None:
+    """Refuse an update without any step.
+
+    Raises:
+        ValueError: if there are no epochs or no minibatches.
+    """
+    if epochs < 1 or minibatches < 1:
+        raise ValueError(f"epochs and minibatches must be at least 1, got {epochs} and {minibatches}")

@@ -23,8 +23,9 @@ from upslope.algorithms.protocol import (
     Now,
     Passes,
     ScheduleName,
-    State,
+    Stateless,
     Target,
+    entropy_bias,
     scheduled,
     scheduled_in_words,
 )
@@ -52,7 +53,7 @@ _WITHOUT_CRITIC = ("total_reward", "reward_to_go")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reinforce:
+class Reinforce(Stateless):
     """The score-function estimator over whole episodes; one optimiser step per batch."""
 
     gamma: float = 0.99
@@ -106,8 +107,7 @@ class Reinforce:
             requires += ("exact_critic_at_limit",) if with_any_critic else ("exact_critic",)
         discounted = self.discounted_states or self.psi == "total_reward"
         biases = ("the batch's standard deviation divides Psi",) if self.normalize_advantage else ()
-        if self.entropy_coefficient != 0.0:
-            biases += ("the entropy bonus adds its own gradient",)
+        biases += entropy_bias(self.entropy_coefficient)
         return Target(
             gradient="discounted" if discounted else "undiscounted_states",
             per="trajectory",
@@ -116,10 +116,6 @@ class Reinforce:
             batchwise=self.normalize_advantage,
             penalty=self.reference_kl.penalty,
         )
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """Psi_t by the chosen row of the table, times gamma^t if asked for."""
@@ -173,10 +169,6 @@ class Reinforce:
         metrics["policy_loss"] = -weighted_sum(objective.detach(), batch.weight)
         metrics["entropy"] = _mean(evaluation.entropy, batch)
         return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from upslope.algorithms.pairs import pair_signal, pair_weight, told_right
-from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import Loss, Now, Passes, Stateless, Target, Undiscounted, check_passes
 from upslope.estimators import trajectory_mean
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RewardModel:
+class RewardModel(Undiscounted, Stateless):
     """Rows in adjacent pairs: the chosen one (reward +1), then the rejected one (reward -1)."""
 
     margin: float = 0.0
@@ -42,13 +42,7 @@ class RewardModel:
                 f"margin and centering_coefficient must be at least 0, got {self.margin} and "
                 f"{self.centering_coefficient}"
             )
-        if self.epochs < 1 or self.minibatches < 1:
-            raise ValueError(f"epochs and minibatches must be at least 1, got {self.epochs} and {self.minibatches}")
-
-    @property
-    def gamma(self) -> float:
-        """No discount."""
-        return 1.0
+        check_passes(self.epochs, self.minibatches)
 
     @property
     def passes(self) -> Passes:
@@ -67,10 +61,6 @@ class RewardModel:
     def target(self) -> Target:
         """No policy gradient: there is no return."""
         return Target(gradient="given_data", per="trajectory")
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """+1 at the steps of chosen rows, -1 of rejected ones."""
@@ -100,10 +90,6 @@ class RewardModel:
             }
             metrics = {name: (each_pair.detach() * weight).sum() for name, each_pair in watched.items()}
         return Loss(value=value, metrics=metrics | {"loss": value.detach()})
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

@@ -22,8 +22,11 @@ from upslope.algorithms.protocol import (
     Now,
     Passes,
     ScheduleName,
-    State,
+    Stateless,
     Target,
+    Undiscounted,
+    check_passes,
+    entropy_bias,
     scheduled,
     scheduled_in_words,
 )
@@ -44,7 +47,7 @@ from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RLOO:
+class RLOO(Undiscounted, Stateless):
     """Leave-one-out over whole trajectories: the policy gradient itself. gamma is 1."""
 
     ratio: Literal["none", "step", "sequence", "sequence_sum"] = "none"
@@ -69,15 +72,9 @@ class RLOO:
         check_clip(self.clip_low, self.clip_high, None)
         if self.ratio == "none" and (self.clip_low is not None or self.clip_high is not None):
             raise ValueError('a clip bounds a ratio: set ratio="sequence_sum" (or "step", "sequence") too')
-        if self.epochs < 1 or self.minibatches < 1:
-            raise ValueError(f"epochs and minibatches must be at least 1, got {self.epochs} and {self.minibatches}")
+        check_passes(self.epochs, self.minibatches)
         if self.ratio == "none" and self.epochs * self.minibatches > 1:
             raise ValueError("several optimiser steps on one batch leave the policy that acted behind: set a ratio")
-
-    @property
-    def gamma(self) -> float:
-        """No discount."""
-        return 1.0
 
     @property
     def passes(self) -> Passes:
@@ -97,7 +94,7 @@ class RLOO:
         """The gradient itself."""
         corrected = self.ratio == "sequence_sum" and self.clip_low is None and self.clip_high is None
         requires: tuple[Condition, ...] = ("no_time_limit",)
-        biases = ("the entropy bonus adds its own gradient",) if self.entropy_coefficient != 0.0 else ()
+        biases = entropy_bias(self.entropy_coefficient)
         return Target(
             gradient="undiscounted_states",
             per="trajectory",
@@ -105,10 +102,6 @@ class RLOO:
             biased_by=biases + self.reference_kl.biased_by,
             penalty=self.reference_kl.penalty,
         )
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_i at every chosen step of trajectory i."""
@@ -154,10 +147,6 @@ class RLOO:
             penalty=penalty,
         )
         return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

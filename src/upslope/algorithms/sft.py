@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, State, Target
+from upslope.algorithms.protocol import Loss, Now, Passes, Stateless, Target, Undiscounted, check_passes
 from upslope.algorithms.ratios import chosen_log_prob, describe_reduction, reduced, step_average
 from upslope.estimators import negative_log_likelihood, weighted_sum
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
@@ -25,7 +25,7 @@ _HALF = math.log(0.5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SFT:
+class SFT(Undiscounted, Stateless):
     """Imitates demonstrations."""
 
     reduction: Literal["step_mean", "trajectory_mean", "trajectory_sum"] = "step_mean"
@@ -37,13 +37,7 @@ class SFT:
 
     def __post_init__(self) -> None:
         """Refuse settings that have no meaning."""
-        if self.epochs < 1 or self.minibatches < 1:
-            raise ValueError(f"epochs and minibatches must be at least 1, got {self.epochs} and {self.minibatches}")
-
-    @property
-    def gamma(self) -> float:
-        """No discount."""
-        return 1.0
+        check_passes(self.epochs, self.minibatches)
 
     @property
     def passes(self) -> Passes:
@@ -54,10 +48,6 @@ class SFT:
     def target(self) -> Target:
         """No policy gradient: there is no return."""
         return Target(gradient="given_data", per="step" if self.reduction == "step_mean" else "trajectory")
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """1 at every chosen step: each is to become more likely."""
@@ -78,10 +68,6 @@ class SFT:
             "likely_share": step_average((log_prob.detach() > _HALF).to(log_prob.dtype), batch),
         }
         return Loss(value=value, metrics=metrics)
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from upslope.algorithms.actor_critic import score_and_value_loss
 from upslope.algorithms.average_reward import refuse_ends
-from upslope.algorithms.protocol import Condition, Loss, Now, Passes, State, Target, Traces
+from upslope.algorithms.protocol import Condition, Loss, Now, Passes, State, Stateless, Target, Traces
 from upslope.estimators import discount_weight, gae, squared_value_error, step_mean, trajectory_sum, weighted_sum
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TDLambda:
+class TDLambda(Stateless):
     """TD(lambda) prediction: the critic learns the values of the policy there is, which stays as it is.
 
     What the two share and the normaliser of observations, which are part of the policy, stay too.
@@ -52,10 +52,6 @@ class TDLambda:
         """No gradient of the policy: the critic moves towards the mean lambda-return of every state."""
         return Target(gradient="prediction", per="trajectory", requires=("on_policy",))
 
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
-
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """Forward view: how far the lambda-return is from V_t, and the lambda-return."""
         assert value is not None
@@ -73,10 +69,6 @@ class TDLambda:
         assert batch.value_target is not None
         error = weighted_sum(squared_value_error(evaluation.value, batch.value_target), batch.weight)
         return Loss(value=error, metrics={"value_loss": error.detach()})
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

@@ -17,14 +17,24 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from upslope.algorithms.actor_critic import score_and_value_loss
-from upslope.algorithms.protocol import Loss, Now, Passes, ScheduleName, State, Target, scheduled, scheduled_in_words
+from upslope.algorithms.protocol import (
+    Loss,
+    Now,
+    Passes,
+    ScheduleName,
+    Stateless,
+    Target,
+    entropy_bias,
+    scheduled,
+    scheduled_in_words,
+)
 from upslope.algorithms.stale import unweighted_advantage
 from upslope.estimators import standardise, step_mean, vtrace
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VTraceActorCritic:
+class VTraceActorCritic(Stateless):
     """V-trace actor-critic: one step per short fragment, corrected for who acted."""
 
     gamma: float = 0.99
@@ -64,8 +74,7 @@ class VTraceActorCritic:
         grad pi(a|s) A_pi(s,a) over the mean length.
         """
         biases = ("the batch's standard deviation divides the advantage",) if self.normalize_advantage else ()
-        if self.entropy_coefficient != 0.0:
-            biases += ("the entropy bonus adds its own gradient",)
+        biases += entropy_bias(self.entropy_coefficient)
         return Target(
             gradient="undiscounted_states",
             per="step",
@@ -73,10 +82,6 @@ class VTraceActorCritic:
             biased_by=biases,
             batchwise=self.normalize_advantage,
         )
-
-    def initial_state(self) -> State:
-        """Nothing is carried."""
-        return {}
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """Psi_t and v_t, and the mean of rho_t: 1 where the policy itself acted."""
@@ -110,10 +115,6 @@ class VTraceActorCritic:
         """Score function, value error, entropy bonus."""
         entropy = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
         return score_and_value_loss(batch, evaluation, self.value_coefficient, entropy)
-
-    def adapt(self, state: State, metrics: Mapping[str, float]) -> State:
-        """Nothing is carried."""
-        return state
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""
