@@ -309,6 +309,20 @@ class Policy(Protocol):
         """V_t and V'_t, both [B, T], in one batched critic call."""
         ...
 
+    def evaluate_with_next_value(self, trajectory: Trajectory) -> tuple[Evaluation, Tensor]:
+        """`evaluate`, whose values are V_t, and V'_t [B, T] without gradient."""
+        ...
+
+
+class AskedTwice:
+    """`Policy.evaluate_with_next_value` of a policy that has no shorter way."""
+
+    def evaluate_with_next_value(self: Policy, trajectory: Trajectory) -> tuple[Evaluation, Tensor]:
+        """`evaluate`, whose values are V_t, and V'_t [B, T] without gradient: one look for each."""
+        with torch.no_grad():
+            _, next_value = self.values(trajectory)
+        return self.evaluate(trajectory), next_value
+
 
 class Collector(Protocol):
     """Whoever brings trajectories: environments or prompts."""

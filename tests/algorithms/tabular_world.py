@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import Algorithm, Now
-from upslope.trajectory import Batch, Evaluation, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Batch, Evaluation, Steps, Trajectory
 
 STATES, ACTIONS, GAMMA = 4, 2, 0.8
 END = STATES
@@ -37,7 +37,7 @@ class Choice:
         return (self.logits.exp() * (self.logits - other.logits)).sum(-1)
 
 
-class TabularPolicy(nn.Module):
+class TabularPolicy(AskedTwice, nn.Module):
     """One row of logits and one value per state; observations are state numbers."""
 
     def __init__(self, seed: int = 0, states: int = STATES, actions: int = ACTIONS) -> None:

@@ -16,10 +16,10 @@ from upslope.exact import (
     problem,
     solve,
 )
-from upslope.trajectory import Evaluation, Observation, Sampler, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Evaluation, Observation, Sampler, Steps, Trajectory
 
 
-class Recurrent(nn.Module):
+class Recurrent(AskedTwice, nn.Module):
     """A GRU over one-hot observations."""
 
     def __init__(self, observations: int, actions: int) -> None:

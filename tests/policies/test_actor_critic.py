@@ -242,6 +242,33 @@ def test_values_bootstrap_from_the_final_observations_in_one_critic_call(space: 
     torch.testing.assert_close(next_value[1, :3], value[1, 1:])
 
 
+@pytest.mark.parametrize("space", [VECTOR, NESTED])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_look_at_a_trajectory_says_what_two_would(space: Space, shared: bool, normalize: bool) -> None:
+    """Log-probs, entropies, values, those that follow, and the gradient: final observations bring nothing to it."""
+    policy = make(space, shared=shared, normalize_observation=normalize).double()
+    data = trajectory(space, 2, 5, 3)
+    if normalize:
+        policy.observe(data)
+    weight = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    gradients: list[list[Tensor]] = []
+    (_, next_value), separate = policy.values(data), policy.evaluate(data)
+    together, following = policy.evaluate_with_next_value(data)
+    assert not following.requires_grad
+    torch.testing.assert_close(following, next_value)
+    for found in (separate, together):
+        assert found.value is not None
+        parts = torch.stack([found.log_prob, found.entropy, found.value])
+        policy.zero_grad()
+        (weight * parts).sum().backward()
+        gradients.append([parameter.grad for parameter in policy.parameters() if parameter.grad is not None])
+    for field in ("log_prob", "entropy", "value"):
+        torch.testing.assert_close(getattr(together, field), getattr(separate, field))
+    torch.testing.assert_close(together.distribution.parameters, separate.distribution.parameters)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_a_policy_without_critic_says_so() -> None:
     policy = make(critic=False)
     assert policy.evaluate(batch(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))).value is None

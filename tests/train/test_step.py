@@ -17,7 +17,7 @@ from upslope.estimators import step_mean, weighted_sum
 from upslope.train.config import OptimizerConfig
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.step import Learned, explained_variance, learn
-from upslope.trajectory import Batch, Evaluation, Signal, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Batch, Evaluation, Signal, Steps, Trajectory
 
 
 class Logits:
@@ -35,7 +35,7 @@ class Logits:
         return (mine.exp() * (mine - theirs)).sum(-1)
 
 
-class Linear(nn.Module):
+class Linear(AskedTwice, nn.Module):
     """A linear softmax policy with a linear critic, for observations [..., 3] and three actions."""
 
     def __init__(self) -> None:

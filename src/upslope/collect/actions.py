@@ -9,7 +9,7 @@ from torch import Tensor
 from upslope.collect.masks import mask_of
 from upslope.policies.masking import action_sizes
 from upslope.spaces import Box, Discrete, Leaf, MultiBinary, MultiDiscrete
-from upslope.trajectory import Evaluation, Memoryless, Observation, ObservationArrays, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Evaluation, Memoryless, Observation, ObservationArrays, Steps, Trajectory
 
 
 def random_action(
@@ -52,7 +52,7 @@ def _valid_action(space: Leaf, sizes: tuple[int, ...], chance: np.ndarray, mask:
     return (parts[0] if isinstance(space, Discrete) else np.stack(parts, axis=1)) + start
 
 
-class RandomPolicy(Memoryless):
+class RandomPolicy(Memoryless, AskedTwice):
     """Uniform valid actions whatever is seen; its own sampler. Its log-probs are zeros, right up to a constant.
 
     Args:

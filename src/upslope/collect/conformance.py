@@ -24,7 +24,7 @@ from upslope.collect.environments import EnvironmentCollector
 from upslope.collect.vector import SyncEnvironments, VectorEnvironment
 from upslope.collect.workers import AsyncEnvironments
 from upslope.estimators import gae
-from upslope.trajectory import Evaluation, Memoryless, Observation, ObservationArrays, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Evaluation, Memoryless, Observation, ObservationArrays, Steps, Trajectory
 
 TICK_LENGTH = 5
 TICK_ADVANTAGES = (7.27478272, 6.214976, 5.0208, 3.64, 2.0)
@@ -121,7 +121,7 @@ def _tick_spaces(named: bool) -> tuple[gymnasium.Space[Any], gymnasium.spaces.Di
     )
 
 
-class TickPolicy(Memoryless):
+class TickPolicy(Memoryless, AskedTwice):
     """Fair coins, and the critic V(o) = 10 o. Its own sampler."""
 
     @property

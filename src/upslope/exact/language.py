@@ -16,10 +16,10 @@ from torch.nn.functional import gelu, layer_norm
 
 from upslope.exact.tokens import TokenMDP, Tokens
 from upslope.policies import Categorical, HeadDistribution
-from upslope.trajectory import Evaluation, Observation, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Evaluation, Observation, Steps, Trajectory
 
 
-class TokenPolicy(nn.Module):
+class TokenPolicy(AskedTwice, nn.Module):
     """A distribution over the next token at every position of a row, with a critic; a `Policy`.
 
     Args:

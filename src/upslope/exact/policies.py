@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from upslope.policies import Categorical, HeadDistribution
-from upslope.trajectory import Evaluation, Memoryless, Observation, ObservationArrays, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Evaluation, Memoryless, Observation, ObservationArrays, Steps, Trajectory
 
 
-class StatePolicy(nn.Module):
+class StatePolicy(AskedTwice, nn.Module):
     """A softmax policy with a critic, both functions of the number seen; a `Policy`.
 
     That is the state's number, unless the problem's observations let states look alike.

@@ -159,6 +159,30 @@ class ActorCritic(nn.Module):
         distribution = HeadDistribution(self.head, parameters)
         return Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=value)
 
+    def evaluate_with_next_value(self, trajectory: Trajectory) -> tuple[Evaluation, Tensor]:
+        """`evaluate`, whose values are V_t, and V'_t [B, T] without gradient; without a memory in the same pass.
+
+        Raises:
+            ValueError: if the policy has no critic.
+        """
+        if self.memory is not None or self.critic is None:
+            _, next_value = self.values(trajectory)
+            return self.evaluate(trajectory), next_value
+        shape, count = trajectory.shape, trajectory.reward.numel()
+        observation, action = self._flat(trajectory.observation, trajectory.action, self._steps(trajectory.action))
+        together = self._normalized(join_observations(observation, trajectory.final_observation))
+        parameters, value = self._outputs(together)
+        assert value is not None
+        log_prob, entropy = self.head.log_prob_and_entropy(parameters[:count], action)
+        present, final = value[:count].view(shape), value[count:].detach()
+        evaluation = Evaluation(
+            log_prob=log_prob.view(shape),
+            entropy=entropy.view(shape),
+            distribution=HeadDistribution(self.head, parameters[:count].view(*shape, -1)),
+            value=present,
+        )
+        return evaluation, trajectory.next_value(present.detach(), final)
+
     def _evaluate_rows(self, steps: Steps) -> Evaluation:
         if steps.mask.dim() != 2:
             raise ValueError(

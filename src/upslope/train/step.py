@@ -17,7 +17,7 @@ from upslope.errors import UsageError
 from upslope.estimators import k3
 from upslope.train.batches import chosen_steps, cut_minibatches, micro_batches, select_units
 from upslope.train.natural import natural_update
-from upslope.trajectory import Batch, Policy, Signal, Trajectory
+from upslope.trajectory import Batch, Evaluation, Policy, Signal, Trajectory
 
 
 class Stepper(Protocol):
@@ -100,11 +100,12 @@ def learn(
     passes = _fitting(policy, algorithm.passes, trajectory)
     trajectory = _referenced(passes, trajectory, reference)
     trajectory = _anchored(policy, passes, trajectory)
-    value, next_value, signal = _signal(policy, algorithm, trajectory, now)
+    seen = _seen_at_once(policy, passes, optimizer, trajectory)
+    value, next_value, signal = _signal(policy, algorithm, trajectory, now, seen)
     if meter is not None:
         meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, passes=passes)
     advantage = signal.advantage
-    batch = _batch(policy, passes, trajectory, value, signal, reference)
+    batch = _batch(policy, passes, trajectory, value, signal, reference, rows=seen is not None)
     totals = _Totals(measure_mismatch=policy.sequential and _sampled(batch))
     of_step: dict[str, float] = {}
     for epoch in range(passes.epochs):
@@ -115,8 +116,8 @@ def learn(
         for minibatch in cut_minibatches(batch, passes, generator):
             if not bool(minibatch.mask.any()):
                 continue
-            minibatch = _prepared(policy, algorithm, minibatch)
-            _differentiate(policy, algorithm, optimizer, minibatch, now, totals, meter)
+            minibatch = algorithm.prepare(minibatch) if seen else _prepared(policy, algorithm, minibatch)
+            _differentiate(policy, algorithm, optimizer, minibatch, now, totals, meter, seen)
             if meter is not None:
                 meter.differentiated(minibatch, epoch)
             going = not (passes.kl_stop == "before_step" and totals.kl_beyond(passes.target_kl, 1.5))
@@ -210,12 +211,32 @@ def _anchored(policy: Policy, passes: Passes, trajectory: Trajectory) -> Traject
         return replace(trajectory, proximal_log_prob=policy.evaluate(trajectory).log_prob.detach())
 
 
+def _seen_at_once(
+    policy: Policy, passes: Passes, optimizer: Stepper, trajectory: Trajectory
+) -> tuple[Evaluation, Tensor] | None:
+    """What the loss and Psi need of the policy from one look at it; None where they must look at different things.
+
+    They look at the same where the update's only step is on the trajectory as it is.
+    """
+    once = passes.epochs * passes.minibatches == 1 and optimizer.micro_batches == 1
+    once = once and passes.natural is None and passes.critic and passes.values_first
+    if not once or policy.sequential or trajectory.partial_mask is not None:
+        return None
+    return policy.evaluate_with_next_value(trajectory)
+
+
 def _signal(
-    policy: Policy, algorithm: Algorithm, trajectory: Trajectory, now: Now
+    policy: Policy,
+    algorithm: Algorithm,
+    trajectory: Trajectory,
+    now: Now,
+    seen: tuple[Evaluation, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Signal]:
     with torch.no_grad():
         value = next_value = None
-        if algorithm.passes.critic and algorithm.passes.values_first:
+        if seen is not None and seen[0].value is not None:
+            value, next_value = seen[0].value.detach(), seen[1]
+        elif algorithm.passes.critic and algorithm.passes.values_first:
             value, next_value = policy.values(trajectory)
         return value, next_value, algorithm.advantage(trajectory, value, next_value, now)
 
@@ -227,6 +248,8 @@ def _batch(
     value: Tensor | None,
     signal: Signal,
     reference: Policy | None,
+    *,
+    rows: bool,
 ) -> Batch:
     """The chosen steps of the trajectory, flattened; whole rows where Psi needs whole episodes or the policy rows."""
     batch = Batch(
@@ -247,7 +270,7 @@ def _batch(
     if policy.sequential or passes.whole_rows:
         hidden = ~trajectory.mask
         batch = replace(batch, behaviour_log_prob=batch.behaviour_log_prob.masked_fill(hidden, 0.0))
-    elif not passes.whole_episodes:
+    elif not passes.whole_episodes and not rows:
         batch = chosen_steps(batch)
     if passes.reference == "distribution" and reference is not None:
         with torch.no_grad():
@@ -291,12 +314,13 @@ def _differentiate(
     now: Now,
     totals: _Totals,
     meter: Meter | None,
+    seen: tuple[Evaluation, Tensor] | None,
 ) -> None:
     """Leave the gradient of one optimiser step where the optimiser looks for it."""
     optimizer.zero_gradient()
     metrics: dict[str, Tensor] = {}
     for piece in micro_batches(minibatch, optimizer.micro_batches, algorithm.passes.together):
-        evaluation = policy.evaluate(piece)
+        evaluation = policy.evaluate(piece) if seen is None else seen[0]
         if totals.measure_mismatch:
             apart = _mismatch(piece, evaluation.log_prob)
             metrics["mismatch"] = torch.maximum(metrics["mismatch"], apart) if "mismatch" in metrics else apart

@@ -29,6 +29,7 @@ from upslope.policies import ActorCritic, ActorCriticConfig, HeadDistribution
 from upslope.policies.sampler import ActorSampler
 from upslope.spaces import ACTION_MASK, OBSERVATION, ActionMask, Composite, Discrete
 from upslope.trajectory import (
+    AskedTwice,
     Evaluation,
     Memoryless,
     Observation,
@@ -59,7 +60,7 @@ def masked_problem() -> NamedProblem:
     )
 
 
-class MaskedStates(nn.Module):
+class MaskedStates(AskedTwice, nn.Module):
     """An `ActorCritic` that sees the state's number and the mask of its valid actions, as a policy of numbers.
 
     Its critic is a table, set to the exact values.
@@ -138,7 +139,7 @@ class MaskedSampler(Memoryless):
         return {ACTION_MASK: self.valid[state], OBSERVATION: state}
 
 
-class Renormalised(nn.Module):
+class Renormalised(AskedTwice, nn.Module):
     """The same network, told of no mask: its probabilities are divided by their sum over the valid actions."""
 
     def __init__(self, masked: MaskedStates) -> None:

@@ -14,7 +14,7 @@ from upslope.policies.language.distribution import TokenDistribution
 from upslope.policies.language.packing import Layout, pack
 from upslope.policies.language.sampling import Sampling
 from upslope.policies.language.token_head import Head, token_log_prob
-from upslope.trajectory import Evaluation, Observation, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Evaluation, Observation, Steps, Trajectory
 
 if TYPE_CHECKING:
     from upslope.policies.language.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 
 @final
-class LanguagePolicy(nn.Module):
+class LanguagePolicy(AskedTwice, nn.Module):
     """A transformers causal language model over rows of tokens [B, T], with a linear critic if wanted; a `Policy`.
 
     Rows are read up to their last chosen position, without padding, and beginnings that rows share are computed once.

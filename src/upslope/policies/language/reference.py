@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from upslope.policies.language.description import content_hash
 from upslope.policies.language.library import quietly
 from upslope.policies.language.policy import LanguagePolicy
-from upslope.trajectory import Evaluation, Observation, Steps, Trajectory
+from upslope.trajectory import AskedTwice, Evaluation, Observation, Steps, Trajectory
 
 
 @final
-class Reference(nn.Module):
+class Reference(AskedTwice, nn.Module):
     """A language policy as it was at one moment; a `Policy` whose answers carry no gradient.
 
     Attributes:
