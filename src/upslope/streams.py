@@ -44,12 +44,12 @@ def derived_seed(seed: int, purpose: Purpose, *indices: int) -> int:
 
 
 def stream(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:
-    """A counter-based generator (Philox) for one purpose, for example `stream(seed, Purpose.ACTION, rank, update)`.
+    """A counter-based generator (Philox) for one purpose, for example `stream(seed, Purpose.ACTION, wave, update)`.
 
     Args:
         seed: the run's seed, a non-negative integer.
         purpose: what the numbers are for.
-        indices: non-negative integers that tell streams of one purpose apart (rank, update, environment ...).
+        indices: non-negative integers that tell streams of one purpose apart (wave, update, environment ...).
 
     Returns:
         A fresh `numpy.random.Generator`; the same arguments always give the same numbers.

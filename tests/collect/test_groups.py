@@ -30,7 +30,7 @@ def collector(environments, **settings) -> GroupCollector:
 
 
 def collected(of: GroupCollector, update: int = 0) -> Trajectory:
-    return of.collect(RandomPolicy(of.action_space), update)
+    return of.collect(RandomPolicy(of.environments.action_space), update)
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -59,7 +59,7 @@ def test_the_worlds_random_numbers_are_common_to_a_group(start):
 
     environments = SyncEnvironments([Remembering] * 4, resume="snapshot")
     grouped = collector(environments, start=start, episodes=4)
-    trajectory = grouped.collect(Same(grouped.action_space), 0)
+    trajectory = grouped.collect(Same(grouped.environments.action_space), 0)
     rows = trajectory.observation
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[2], rows[3])

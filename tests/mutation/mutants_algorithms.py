@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from harness import Mutant
 
-TRAJECTORY, STEP, ROLLOUT = "upslope.trajectory", "upslope.train.step", "upslope.collect.rollout"
+TRAJECTORY, STEP = "upslope.trajectory", "upslope.train.step"
+ROLLOUT, SEALING = "upslope.collect.rollout", "upslope.collect.sealing"
 BATCHES = "upslope.train.batches"
 REINFORCE, ACTOR_CRITIC = "upslope.algorithms.reinforce", "upslope.algorithms.actor_critic"
 PPO = "upslope.algorithms.ppo"
@@ -485,16 +486,16 @@ IN_STEP = (
 IN_ROLLOUT = (
     Mutant(
         "the reset observation as the final one",
-        ROLLOUT,
+        SEALING,
         "return index, map_observation(lambda a: a[going_on], final)",
-        "after = np.minimum(position[going_on] + 1, steps - 1)\n"
+        "after = np.minimum(position[going_on] + 1, rollout.reward.shape[1] - 1)\n"
         "    return index, map_observation(lambda a: a[environment[going_on], after], rollout.observation)",
         "what follows a time limit is the next episode's start",
         ("drawn: fragments, time limit",),
     ),
     Mutant(
         "behaviour log-prob shifted by one",
-        ROLLOUT,
+        SEALING,
         "log_prob = log_prob.detach().masked_fill(~trajectory.mask, 0.0)",
         "log_prob = log_prob.detach().masked_fill(~trajectory.mask, 0.0).roll(1, -1)",
         "each action has the log-prob of the one before",
@@ -502,9 +503,9 @@ IN_ROLLOUT = (
     ),
     Mutant(
         "limits sealed as terminations",
-        ROLLOUT,
-        "        return rollout.terminated, rollout.truncated\n",
-        "        return rollout.terminated | rollout.truncated, np.zeros_like(rollout.truncated)\n",
+        SEALING,
+        'if truncation == "bootstrap":',
+        'if truncation == "as_termination":',
         "a time limit is taken for death",
         ("drawn: episodes, time limit",),
     ),
@@ -526,7 +527,7 @@ IN_ROLLOUT = (
     ),
     Mutant(
         "final observations unsorted",
-        ROLLOUT,
+        SEALING,
         "final_observation=_tensors(map_observation(lambda a: a[order], final))",
         "final_observation=_tensors(final)",
         "ends of the batch exchange their observations",

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from upslope.collect.evaluation import EPISODE_LIMIT, environment_seeds, episode_quota, few_threads, refuse_endless
-from upslope.collect.rollout import Rollout, Truncation, concatenate, seal_episodes, seal_fragments
+from upslope.collect.finite_check import refuse_unfinite_rollout
+from upslope.collect.rollout import Rollout, concatenate
+from upslope.collect.sealing import Truncation, seal_episodes, seal_fragments, with_log_prob
 from upslope.collect.vector import VectorEnvironment
 from upslope.spaces import Leaf, Space
 from upslope.streams import Purpose, stream
@@ -28,7 +30,6 @@ class EnvironmentCollector:
         steps: T, or None.
         episodes: per update over all environments, or None.
         seed: of the run.
-        rank: of this process, if there are several.
         truncation: what a time limit means.
         episode_limit: steps after which an episode counts as endless, where whole episodes are collected.
         row_steps: with `steps`, cut what an environment brings into rows of so many steps, a divisor of `steps`; None
@@ -52,7 +53,6 @@ class EnvironmentCollector:
         steps: int | None = None,
         episodes: int | None = None,
         seed: int,
-        rank: int = 0,
         truncation: Truncation = "bootstrap",
         episode_limit: int = EPISODE_LIMIT,
         row_steps: int | None = None,
@@ -70,7 +70,6 @@ class EnvironmentCollector:
         self._log_prob = log_prob
         self._quota = episode_quota(episodes, environments.num_envs) if episodes is not None else None
         self._seed = seed
-        self._rank = rank
         self._truncation: Truncation = truncation
         self._episode_limit = episode_limit
         self._observation: ObservationArrays | None = None
@@ -100,15 +99,14 @@ class EnvironmentCollector:
             EnvironmentFailureError: if an environment raises, crashes or hangs.
             EndlessEpisodeError: if whole episodes are wanted and one does not end.
         """
-        generator = stream(self._seed, Purpose.ACTION, self._rank, update)
         if self._length is None:
-            trajectory = self._collect_episodes(policy, update, generator)
-        else:
-            trajectory = self._collect_steps(policy, update, generator, self._length)
+            return self.collect_wave(policy, update, 0)
+        trajectory = self._collect_steps(policy, update, self._length)
         self._next_update = update + 1
         return trajectory
 
-    def _collect_steps(self, policy: Policy, update: int, generator: np.random.Generator, steps: int) -> Trajectory:
+    def _collect_steps(self, policy: Policy, update: int, steps: int) -> Trajectory:
+        generator = stream(self._seed, Purpose.ACTION, 0, update)
         if self._observation is None:
             self._observation = self.environments.reset(self._seeds(update))
         sampler = policy.sampler()
@@ -119,14 +117,25 @@ class EnvironmentCollector:
         episodes, self._returns = rollout.episode_returns(self._returns)
         self._finished += [(total, int(time[row, position]) + 1) for position, row, total in episodes]
         self._time = time[:, -1].copy()
-        return seal_fragments(
-            rollout, time[:, :-1], policy, update, self._truncation, self._row_steps, log_prob=self._log_prob
-        )
+        trajectory = seal_fragments(rollout, time[:, :-1], update, self._truncation, self._row_steps)
+        return with_log_prob(trajectory, policy) if self._log_prob else trajectory
 
-    def _collect_episodes(self, policy: Policy, update: int, generator: np.random.Generator) -> Trajectory:
+    def collect_wave(self, policy: Policy, update: int, wave: int) -> Trajectory:
+        """Play the `episodes` once, begun anew in every environment, for updates that take several such waves.
+
+        Args:
+            policy: who acts.
+            update: its version.
+            wave: counted from 0; each has seeds and random numbers of its own.
+
+        Raises:
+            ValueError: if `steps` are collected, not `episodes`; else as `collect`.
+        """
         quota = self._quota
-        assert quota is not None
-        observation = self.environments.reset(self._seeds(update))
+        if quota is None:
+            raise ValueError(f"waves are of whole episodes: give episodes per update instead of steps={self._length}")
+        generator = stream(self._seed, Purpose.ACTION, wave, update)
+        observation = self.environments.reset(self._seeds(update, wave))
         sampler, chunks, counted = policy.sampler(), list[Rollout](), np.zeros_like(quota)
         lengths = np.zeros_like(quota)
         while (counted < quota).any():
@@ -148,7 +157,9 @@ class EnvironmentCollector:
             if taken[row] < quota[row]:
                 taken[row] += 1
                 self._finished.append((total, int(time[row, position]) + 1))
-        return seal_episodes(rollout, quota, policy, update, self._truncation)
+        trajectory = with_log_prob(seal_episodes(rollout, quota, update, self._truncation), policy)
+        self._next_update = update + 1
+        return trajectory
 
     def _run(
         self,
@@ -170,11 +181,11 @@ class EnvironmentCollector:
             try:
                 _loop(environments, sampler, noise, rollout, first, self._row_steps or steps)
             finally:
-                rollout.check_finite(update)
+                refuse_unfinite_rollout(rollout, update)
         return rollout
 
-    def _seeds(self, update: int) -> list[int]:
-        return environment_seeds(self._seed, Purpose.ENVIRONMENT, self._rank, update, self.environments.num_envs)
+    def _seeds(self, update: int, wave: int = 0) -> list[int]:
+        return environment_seeds(self._seed, Purpose.ENVIRONMENT, wave, update, self.environments.num_envs)
 
     def finished(self) -> list[tuple[float, int]]:
         """(raw return, length) of the episodes that ended since this was last asked."""

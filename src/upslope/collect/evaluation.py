@@ -9,19 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from upslope.collect.errors import EndlessEpisodeError, NonFiniteError
-from upslope.collect.vector import VectorEnvironment
+from upslope.collect.errors import EndlessEpisodeError
+from upslope.collect.finite_check import refuse_unfinite_step
+from upslope.collect.vector import Step, VectorEnvironment
 from upslope.streams import Purpose, derived_seed, stream
-from upslope.trajectory import ObservationArrays, Policy
+from upslope.trajectory import Policy
 
 _CHUNK = 128
 EPISODE_LIMIT = 30_000
 """Steps after which an episode counts as endless; the longest of Gymnasium's, Atari's, are truncated at 27,000."""
 
 
-def environment_seeds(seed: int, purpose: Purpose, rank: int, update: int, count: int) -> list[int]:
+def environment_seeds(seed: int, purpose: Purpose, wave: int, update: int, count: int) -> list[int]:
     """One seed per environment, of 31 bits since some environments take no more."""
-    return [derived_seed(seed, purpose, rank, update, index) >> 32 for index in range(count)]
+    return [derived_seed(seed, purpose, wave, update, index) >> 32 for index in range(count)]
 
 
 def episode_quota(episodes: int, count: int) -> np.ndarray:
@@ -76,35 +77,45 @@ def few_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def refuse_unfinite(what: str, arrays: ObservationArrays, step: int) -> None:
-    """Refuse NaN and infinity in what one step of evaluation brought, [N, ...].
-
-    Raises:
-        NonFiniteError: with environment, step, what and value.
-    """
-    for name, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
-        if array.dtype.kind != "f" or np.isfinite(array).all():
-            continue
-        flat = array.reshape(len(array), -1)
-        index, element = (int(k) for k in np.argwhere(~np.isfinite(flat))[0])
-        label = f"{what} {name!r}" if name else what
-        where = f" (element {element})" if flat.shape[1] > 1 else ""
-        remedy = (
-            "The policy has diverged: lower the learning rate, clip gradients, or normalise observations and rewards"
-            if what == "action"
-            else "The environment gave it: `upslope check-env` tries the environment on its own"
-        )
-        raise NonFiniteError(
-            f"evaluation environment {index}, step {step}: the {label} is {flat[index, element]}{where}. {remedy}"
-        )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationResult:
     """Raw, undiscounted returns and lengths of whole episodes, [episodes], ordered by environment, then by time."""
 
     returns: np.ndarray
     lengths: np.ndarray
+
+
+class _Tally:
+    """The first `quota[n]` episodes of each environment, and the one under way in each.
+
+    Attributes:
+        lengths: [N] steps of the episodes under way.
+        wanted: [N] whether their ends are waited for.
+    """
+
+    def __init__(self, quota: np.ndarray) -> None:
+        self._quota = quota
+        self._ended: list[list[tuple[float, int]]] = [[] for _ in quota]
+        self._returns = np.zeros(len(quota))
+        self.lengths = np.zeros(len(quota), dtype=np.int64)
+        self.wanted = quota > 0
+
+    def add(self, step: Step) -> None:
+        """What one step brought."""
+        self._returns += step.reward if step.live is None else np.where(step.live, step.reward, 0.0)
+        self.lengths += 1 if step.live is None else step.live
+        if step.finished is not None:
+            for index in step.finished:
+                self._ended[index].append((float(self._returns[index]), int(self.lengths[index])))
+                self.wanted[index] = len(self._ended[index]) < self._quota[index]
+            self._returns[step.finished], self.lengths[step.finished] = 0.0, 0
+
+    def result(self) -> EvaluationResult:
+        """Once nothing is wanted any more."""
+        kept = [entry for each, wanted in zip(self._ended, self._quota, strict=True) for entry in each[:wanted]]
+        return EvaluationResult(
+            returns=np.array([total for total, _ in kept]), lengths=np.array([length for _, length in kept])
+        )
 
 
 def evaluate_policy(
@@ -138,36 +149,25 @@ def evaluate_policy(
     sampler = policy.sampler()
     sampler.begin(None, count)
     generator = stream(seed, Purpose.EVALUATION_ACTION, 0, update)
-    results: list[list[tuple[float, int]]] = [[] for _ in range(count)]
-    counted = np.zeros_like(quota)
-    returns, lengths, steps = np.zeros(count), np.zeros(count, dtype=np.int64), 0
-    noise = np.zeros(0)
-    refuse_unfinite("observation", observation, 0)
+    tally, noise, steps = _Tally(quota), np.zeros(0), 0
+    refuse_unfinite_step("observation", observation, 0)
     with few_threads(count):
-        while (counted < quota).any():
+        while tally.wanted.any():
             if deterministic:
                 action = sampler.mode(observation)
             else:
                 if steps % _CHUNK == 0:
                     noise = sampler.noise(generator, _CHUNK, count)
                 action = sampler.sample(observation, noise[steps % _CHUNK])
-            refuse_unfinite("action", action, steps)
+            refuse_unfinite_step("action", action, steps)
             step = environments.step(sampler.to_environment(action))
-            refuse_unfinite("reward", step.reward, steps)
+            refuse_unfinite_step("reward", step.reward, steps)
             observation, steps = step.observation, steps + 1
             if step.live is not None:
                 sampler.restart(np.flatnonzero(~step.live))
-            refuse_unfinite("observation", observation, steps)
-            returns += step.reward if step.live is None else np.where(step.live, step.reward, 0.0)
-            lengths += 1 if step.live is None else step.live
+            refuse_unfinite_step("observation", observation, steps)
+            tally.add(step)
             if step.finished is not None:
-                for index in step.finished:
-                    results[index].append((float(returns[index]), int(lengths[index])))
-                counted[step.finished] += 1
                 sampler.restart(step.finished)
-                returns[step.finished], lengths[step.finished] = 0.0, 0
-            refuse_endless(lengths, counted < quota, episode_limit)
-    kept = [entry for each, wanted in zip(results, quota, strict=True) for entry in each[:wanted]]
-    return EvaluationResult(
-        returns=np.array([total for total, _ in kept]), lengths=np.array([length for _, length in kept])
-    )
+            refuse_endless(tally.lengths, tally.wanted, episode_limit)
+    return tally.result()

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from upslope.collect.environments import EnvironmentCollector
-from upslope.collect.rollout import Truncation
 from upslope.collect.rows import join_rows
+from upslope.collect.sealing import Truncation
 from upslope.collect.vector import Resume, Step, VectorEnvironment
 from upslope.errors import UsageError
 from upslope.spaces import Leaf, Space
@@ -183,58 +183,39 @@ class GroupCollector:
                 "to a multiple of environment.count"
             )
         self.environments = GroupedEnvironments(environments, size=size, start=start)
-        self._waves = [
-            EnvironmentCollector(self.environments, episodes=count, seed=seed, rank=wave, truncation=truncation)
-            for wave in range(episodes // count)
-        ]
+        self._alone = EnvironmentCollector(self.environments, episodes=count, seed=seed, truncation=truncation)
+        self._waves = episodes // count
         self._group = torch.arange(episodes) // size
-        self._finished: list[tuple[float, int]] = []
         self.steps_taken = 0
 
-    @property
-    def observation_space(self) -> Space:
-        """What the policy will see."""
-        return self.environments.observation_space
-
-    @property
-    def action_space(self) -> Leaf:
-        """What the policy may do."""
-        return self.environments.action_space
-
     def collect(self, policy: Policy, update: int) -> Trajectory:
-        """Play the episodes of an update.
+        """Play the episodes of an update, wave by wave.
 
         Raises:
-            UsageError: if the environments of a group do not begin alike.
-            NonFiniteError: if an observation, action or reward is NaN or infinite.
-            EnvironmentFailureError: if an environment raises, crashes or hangs.
-            EndlessEpisodeError: if an episode does not end.
+            UsageError: if the environments of a group do not begin alike; else as `EnvironmentCollector.collect`.
         """
         parts: list[Trajectory] = []
         self.steps_taken = 0
-        for wave in self._waves:
-            parts.append(wave.collect(policy, update))
-            self.steps_taken += wave.steps_taken
-            self._finished += wave.finished()
+        for wave in range(self._waves):
+            parts.append(self._alone.collect_wave(policy, update, wave))
+            self.steps_taken += self._alone.steps_taken
         return replace(join_rows(parts), group=self._group.clone())
 
     def finished(self) -> list[tuple[float, int]]:
         """(raw return, length) of the episodes that ended since this was last asked."""
-        finished, self._finished = self._finished, []
-        return finished
+        return self._alone.finished()
 
     def rebuild(self, update: int) -> None:
         """Make the environments anew for `update`."""
-        self._waves[0].rebuild(update)
+        self._alone.rebuild(update)
 
     def snapshot(self) -> Tree:
         """Everything needed to go on exactly here: between updates no episode is open."""
-        return {"waves": self._waves[0].snapshot(), "finished": [list(entry) for entry in self._finished]}
+        return {"waves": self._alone.snapshot()}
 
     def restore(self, tree: Tree) -> None:
         """Go on exactly there."""
-        self._waves[0].restore(tree["waves"])
-        self._finished = [(float(total), int(length)) for total, length in tree["finished"]]
+        self._alone.restore(tree["waves"])
 
     def close(self) -> None:
         """Close the environments."""

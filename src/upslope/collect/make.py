@@ -23,7 +23,7 @@ from upslope.collect.finite import FiniteFactory
 from upslope.collect.masks import MaskSource, mask_environment, mask_of, mask_vector_environment
 from upslope.collect.partial import keep_entries
 from upslope.collect.resume import resume_problem
-from upslope.collect.rollout import Truncation
+from upslope.collect.sealing import Truncation
 from upslope.collect.vector import Factory, Resume, SyncEnvironments, VectorEnvironment
 from upslope.collect.workers import AsyncEnvironments, available_cores
 from upslope.streams import Purpose, derived_seed

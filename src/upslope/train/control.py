@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from upslope.algorithms.protocol import Now, scheduled
 from upslope.collect import EnvironmentFailureError, NonFiniteError
-from upslope.collect.rollout import with_log_prob
+from upslope.collect.sealing import with_log_prob
 from upslope.collect.vector import VectorEnvironment
 from upslope.diagnostics import Meter, untouched
 from upslope.errors import OffPolicyError

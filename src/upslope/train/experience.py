@@ -83,7 +83,7 @@ def build_experience(run: Run, environments: VectorEnvironment, policy: Policy) 
 
 
 def leaves_log_prob_out(run: Run, policy: Policy) -> bool:
-    """Whether an update's b_t is worked out only when somebody asks for it (`upslope.collect.rollout.with_log_prob`).
+    """Whether an update's b_t is worked out only when somebody asks for it (`upslope.collect.sealing.with_log_prob`).
 
     So it is where the algorithm does not read it. A policy with a memory is watched by it in every update, and of
     rollouts that are learnt from several times nobody knows the policy any longer when it is asked for.
