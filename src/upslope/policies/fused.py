@@ -162,21 +162,20 @@ def mlps(features: Tensor, layouts: Sequence[Layout], *tensors: Tensor) -> tuple
     """`plain_mlps`, as one node where the closed form applies."""
     if fusable(features, tensors[0]) and all(layout.activation in FUSED_ACTIVATIONS for layout in layouts):
         if not torch.is_grad_enabled():
-            return _mlps_forward(features, layouts, tensors)[0]
+            return _mlps_forward(features.numpy(), layouts, [tensor.numpy() for tensor in tensors])[0]
         return _MLPs.apply(features, layouts, *tensors)  # pyright: ignore[reportReturnType]
     return plain_mlps(features, layouts, *tensors)
 
 
 def _mlps_forward(
-    features: Tensor, layouts: Sequence[Layout], tensors: Sequence[Tensor]
+    features: np.ndarray, layouts: Sequence[Layout], arrays: Sequence[np.ndarray]
 ) -> tuple[tuple[Tensor, ...], list[list[np.ndarray]]]:
-    """The outputs, and what came out of each activation of each perceptron; without gradient."""
-    arrays, source = [tensor.numpy() for tensor in tensors], features.numpy()
+    """The outputs, and what came out of each activation of each perceptron."""
     outputs: list[Tensor] = []
     activations: list[list[np.ndarray]] = []
     start = 0
     for layout in layouts:
-        output, hidden = _mlp_forward(source, layout, arrays[start : start + layout.tensors])
+        output, hidden = _mlp_forward(features, layout, arrays[start : start + layout.tensors])
         outputs.append(torch.from_numpy(output))
         activations.append(hidden)
         start += layout.tensors
@@ -186,7 +185,8 @@ def _mlps_forward(
 class _MLPs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, layouts: Sequence[Layout], *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs, ctx.activations = _mlps_forward(features, layouts, tensors)
+        ctx.arrays = [tensor.numpy() for tensor in tensors]
+        outputs, ctx.activations = _mlps_forward(features.numpy(), layouts, ctx.arrays)
         ctx.layouts = layouts
         ctx.save_for_backward(features, *tensors)
         return outputs
@@ -202,7 +202,8 @@ class _MLPs(torch.autograd.Function):
             for i, gradient in zip(wanted, found, strict=True):
                 results[i] = gradient
             return results[0], None, *results[1:]
-        source, arrays = inputs[0].detach().numpy(), [tensor.detach().numpy() for tensor in inputs[1:]]
+        # The arrays are where the tensors are, and reading what was saved refuses tensors that changed since then.
+        source, arrays = inputs[0].detach().numpy(), ctx.arrays
         through: Tensor | None = None
         found, start = list[Tensor](), 0
         for layout, gradient, hidden in zip(ctx.layouts, gradients, ctx.activations, strict=True):
