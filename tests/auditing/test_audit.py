@@ -80,7 +80,7 @@ def test_another_discount_of_the_same_problem():
 
 
 def test_what_cannot_be_listed_is_drawn(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("upslope.auditing.audit"), "DEFAULT_SAMPLES", 2_000)
+    monkeypatch.setattr(importlib.import_module("upslope.auditing.measuring"), "DEFAULT_SAMPLES", 2_000)
     report = audit(Reinforce(gamma=0.9), "loops")
     assert not report.moments.exact
     assert f"{-(-2_000 // 32)} batches drawn" in str(report)

@@ -14,8 +14,9 @@ import torch
 
 from upslope.algorithms import PPO, RLOO, Reinforce
 from upslope.auditing import audit
-from upslope.auditing.audit import measure, report
+from upslope.auditing.declared import Claim
 from upslope.auditing.language import as_task, copy_of, engine_batches, language_policy, problem_tokenizer
+from upslope.auditing.measuring import Drawing, measure, report
 from upslope.auditing.source import AlgorithmSource
 from upslope.auditing.tokens import TokenSetting
 from upslope.errors import UsageError
@@ -139,10 +140,9 @@ def test_generated_batches_follow_the_gradient_and_broken_ones_are_noticed(wrong
     found = report(
         drawing,
         AlgorithmSource(algorithm),
+        Claim(target=where.exact_gradient(algorithm.target), target_name=""),
         subject="",
-        target=where.exact_gradient(algorithm.target),
-        target_name="",
-        samples=8_000,
+        drawing=Drawing(samples=8_000),
     )
     assert found.verdict == verdict, str(found)
     if verdict == "unbiased":

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from upslope.algorithms import A2C, PPO, Algorithm, Reinforce
 from upslope.algorithms.reinforce import Psi
-from upslope.auditing.audit import measure, report
 from upslope.auditing.candidates import candidates_of
+from upslope.auditing.declared import Claim
 from upslope.auditing.loss import LossSource
+from upslope.auditing.measuring import Drawing, measure, report
 from upslope.auditing.source import AlgorithmSource
 from upslope.auditing.tokens import Network, TokenCritic, TokenSetting
 from upslope.errors import UsageError
@@ -68,7 +69,8 @@ def test_drawn_batches_have_the_mean_of_all_batches() -> None:
 
     source = LossSource(centred)
     expected, _ = measure(setting, source)
-    found = report(setting, source, subject="", target=expected.mean, target_name="", samples=6_400, seed=3)
+    claim, drawing = Claim(target=expected.mean, target_name=""), Drawing(samples=6_400, seed=3)
+    found = report(setting, source, claim, subject="", drawing=drawing)
     assert found.verdict == "unbiased"
     assert found.trajectories == 16
     assert found.variance_per_trajectory == pytest.approx(

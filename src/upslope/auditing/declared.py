@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from upslope.algorithms import Algorithm, Condition, Target
 from upslope.auditing.setting import Behaviour, Critic, Unit
 
@@ -97,6 +99,35 @@ def in_words(target: Target) -> str:
         if penalty and target.per == "step"
         else (formula + (" / mean length" if target.per == "step" else ""))
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """An exact gradient that an ascent direction is held against, and what is declared of the two.
+
+    Attributes:
+        target: [P] the exact gradient.
+        target_name: that in words.
+        declared: what is declared here, or None where nothing is.
+        reason: what biases the ascent here, if it is declared biased.
+    """
+
+    target: Tensor
+    target_name: str
+    declared: Literal["unbiased", "biased"] | None = None
+    reason: str = ""
+
+
+def claim_of(target: Target, exact: Tensor, circumstances: Circumstances) -> Claim:
+    """What an algorithm says of itself here.
+
+    Args:
+        target: what it declares.
+        exact: [P] that gradient.
+        circumstances: in which it is audited.
+    """
+    declared, reason = declaration(target, circumstances)
+    return Claim(target=exact, target_name=in_words(target), declared=declared, reason=reason)
 
 
 def put_to_the_test(target: Target, *, limit: int) -> Iterator[Circumstances]:

@@ -28,7 +28,7 @@ from upslope.options import parse_known, parse_over
 
 if TYPE_CHECKING:
     from upslope.auditing import AuditReport
-    from upslope.auditing.audit import Progress as Progressing
+    from upslope.auditing.measuring import Progress as Progressing
     from upslope.auditing.setting import Unit
     from upslope.commands.named import AnyAlgorithm
 

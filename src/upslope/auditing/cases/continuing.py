@@ -9,9 +9,10 @@ from functools import partial
 import torch
 
 from upslope.algorithms import A2C, PPO, AverageReward, OneStepActorCritic
-from upslope.auditing.audit import audit, report
+from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
-from upslope.auditing.declared import Circumstances, in_words, put_to_the_test
+from upslope.auditing.declared import Circumstances, Claim, in_words, put_to_the_test
+from upslope.auditing.measuring import report
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.source import AlgorithmSource
@@ -74,13 +75,9 @@ def _off(words: str, algorithm: AverageReward) -> Case:
         setting = FiniteSetting.build(problem("ring"), gamma=1.0, unit="fragments", row_steps=_ROW_STEPS)
         with torch.no_grad():
             average = float(solve(setting.mdp, setting.policy).objective)
-        return report(
-            setting,
-            AlgorithmSource(algorithm, state={"average_reward": average + 0.3}),
-            subject="AverageReward",
-            target=setting.exact_gradient(algorithm.target),
-            target_name=in_words(algorithm.target),
-            declared="unbiased",
-        )
+        source = AlgorithmSource(algorithm, state={"average_reward": average + 0.3})
+        exact, followed = setting.exact_gradient(algorithm.target), in_words(algorithm.target)
+        claim = Claim(target=exact, target_name=followed, declared="unbiased")
+        return report(setting, source, claim, subject="AverageReward")
 
     return Case(subject="AverageReward", setting=f"{words}; r_bar off by 0.3: a baseline", run=run)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms import GRPO, RLOO, SFT, Algorithm, Preference
-from upslope.auditing.audit import report
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.stage import Found, row, weighted_moments
-from upslope.auditing.declared import Circumstances, declaration, in_words
+from upslope.auditing.declared import Circumstances, claim_of
 from upslope.auditing.groups import GroupSetting
+from upslope.auditing.measuring import Drawing, report
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.source import AlgorithmSource
@@ -72,16 +72,12 @@ def _measure(
 ) -> AuditReport:
     setting = GroupSetting.build(problem(name), size=size, stale=circumstances.behaviour == "stale")
     target = algorithm.target
-    declared, reason = declaration(target, replace(circumstances, unit="episodes"))
     return report(
         setting,
         AlgorithmSource(algorithm),
+        claim_of(target, setting.exact_gradient(target), replace(circumstances, unit="episodes")),
         subject=type(algorithm).__name__,
-        target=setting.exact_gradient(target),
-        target_name=in_words(target),
-        declared=declared,
-        reason=reason,
-        samples=samples,
+        drawing=Drawing(samples=samples),
     )
 
 

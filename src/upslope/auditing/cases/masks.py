@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import A2C, PPO, Algorithm, OneStepActorCritic, Reinforce
-from upslope.auditing.audit import report
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.stage import Found, identity, row
-from upslope.auditing.declared import Circumstances, declaration, in_words, unit_of
+from upslope.auditing.declared import Circumstances, claim_of, unit_of
+from upslope.auditing.measuring import Drawing, report
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.source import AlgorithmSource
@@ -200,16 +200,12 @@ def _case(words: str, algorithm: Algorithm, samples: int | None = None) -> Case:
     def run() -> AuditReport:
         problem, policy, target, unit = masked_problem(), MaskedStates(), algorithm.target, unit_of(algorithm)
         here = partial(FiniteSetting.of, problem, gamma=_GAMMA, unit=unit, rows=16, row_steps=3)
-        declared, reason = declaration(target, Circumstances(unit=unit))
         return report(
             here(policy),
             AlgorithmSource(algorithm, seed=0, reference=None),
+            claim_of(target, here(Renormalised(policy)).exact_gradient(target), Circumstances(unit=unit)),
             subject=type(algorithm).__name__,
-            target=here(Renormalised(policy)).exact_gradient(target),
-            target_name=in_words(target),
-            declared=declared,
-            reason=reason,
-            samples=samples,
+            drawing=Drawing(samples=samples),
         )
 
     return Case(subject=type(algorithm).__name__, setting=f"valid actions only: {words}", run=run)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import A2C, PPO, Algorithm, Reinforce
-from upslope.auditing.audit import report
 from upslope.auditing.cases.case import Case
+from upslope.auditing.declared import Claim
+from upslope.auditing.measuring import report
 from upslope.auditing.report import AuditReport
 from upslope.auditing.source import AlgorithmSource
 from upslope.exact import FiniteMDP, Rows, enumerate_episodes, enumerated_gradient, problem, time_limited
@@ -67,15 +68,13 @@ def _episodes(words: str, algorithm: Algorithm, name: str, mdp: FiniteMDP, kind:
 
     def run() -> AuditReport:
         setting = Remembered(name=name, mdp=mdp, policy=_policy(mdp, kind), together=False)
-        return report(
-            setting,
-            AlgorithmSource(algorithm),
-            subject=type(algorithm).__name__,
+        claim = Claim(
             target=setting.gradient(),
             target_name="grad J",
             declared="unbiased" if unbiased else "biased",
             reason="" if unbiased else "gamma^t left out",
         )
+        return report(setting, AlgorithmSource(algorithm), claim, subject=type(algorithm).__name__)
 
     return Case(subject=type(algorithm).__name__, setting=f"{words}, a memory ({kind}); whole episodes", run=run)
 
@@ -86,14 +85,9 @@ def _side_by_side(words: str, algorithm: Algorithm, kind: Kind) -> Case:
 
     def run() -> AuditReport:
         setting = Remembered(name="recall", mdp=mdp, policy=_policy(mdp, kind), together=True)
-        return report(
-            setting,
-            AlgorithmSource(algorithm),
-            subject=type(algorithm).__name__,
-            target=setting.gradient() / setting.steps_of_episodes,
-            target_name="grad J / E[length]",
-            declared="unbiased",
-        )
+        exact = setting.gradient() / setting.steps_of_episodes
+        claim = Claim(target=exact, target_name="grad J / E[length]", declared="unbiased")
+        return report(setting, AlgorithmSource(algorithm), claim, subject=type(algorithm).__name__)
 
     return Case(subject=type(algorithm).__name__, setting=f"{words}, a memory ({kind}); two episodes a row", run=run)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms import PPO, Algorithm, ImportanceSampled, Now, StaleData, VTraceActorCritic
-from upslope.auditing.audit import audit, report
+from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.stage import GRAD_J, Found, Stage, by_loop, identity, row, row_gradients, stage
-from upslope.auditing.declared import Circumstances, put_to_the_test
+from upslope.auditing.declared import Circumstances, Claim, put_to_the_test
+from upslope.auditing.measuring import report
 from upslope.auditing.moments import Moments
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting
@@ -255,15 +256,13 @@ def _followed(words: str, algorithm: Algorithm, reason: str = "") -> Case:
         setting = FiniteSetting.build(
             problem("six-state"), gamma=_GAMMA, unit="fragments", behaviour="stale", row_steps=_ROW_STEPS
         )
-        return report(
-            setting,
-            AlgorithmSource(algorithm),
-            subject=type(algorithm).__name__,
+        claim = Claim(
             target=on.off_policy_gradient.detach() / setting.mean_length,
             target_name=_FOLLOWED,
             declared="biased" if reason else "unbiased",
             reason=reason,
         )
+        return report(setting, AlgorithmSource(algorithm), claim, subject=type(algorithm).__name__)
 
     return Case(
         subject=type(algorithm).__name__, setting=f"{words}; another policy acted, held against what follows", run=run

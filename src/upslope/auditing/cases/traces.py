@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import ActorCriticLambda, Algorithm, TDLambda
-from upslope.auditing.audit import audit, report
+from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.stage import Found, identity, row
-from upslope.auditing.declared import Circumstances, in_words, put_to_the_test
+from upslope.auditing.declared import Circumstances, Claim, in_words, put_to_the_test
+from upslope.auditing.measuring import report
 from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting, Unit
 from upslope.auditing.source import AlgorithmSource, Recorder, TraceSource
@@ -90,14 +91,10 @@ def _forward(words: str, algorithm: ActorCriticLambda, unit: Unit) -> Case:
     def run() -> AuditReport:
         named = problem("ring" if algorithm.continuing else "six-state")
         setting = FiniteSetting.build(named, gamma=algorithm.gamma, unit=unit, row_steps=2)
-        return report(
-            setting,
-            AlgorithmSource(algorithm, state=_state(algorithm, setting.mdp, setting.policy)),
-            subject="ActorCriticLambda",
-            target=setting.exact_gradient(algorithm.target),
-            target_name=in_words(algorithm.target),
-            declared="unbiased",
-        )
+        source = AlgorithmSource(algorithm, state=_state(algorithm, setting.mdp, setting.policy))
+        exact, followed = setting.exact_gradient(algorithm.target), in_words(algorithm.target)
+        claim = Claim(target=exact, target_name=followed, declared="unbiased")
+        return report(setting, source, claim, subject="ActorCriticLambda")
 
     return Case(subject="ActorCriticLambda", setting=words, run=run)
 
