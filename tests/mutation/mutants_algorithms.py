@@ -8,7 +8,7 @@ TRAJECTORY, STEP = "upslope.trajectory", "upslope.train.step"
 ROLLOUT, SEALING = "upslope.collect.rollout", "upslope.collect.sealing"
 BATCHES = "upslope.train.batches"
 REINFORCE, ACTOR_CRITIC = "upslope.algorithms.reinforce", "upslope.algorithms.actor_critic"
-PPO = "upslope.algorithms.ppo"
+PPO, CRITIC = "upslope.algorithms.ppo", "upslope.algorithms.critic_advantage"
 
 SPLITS, MASKED = "test_any_micro_batch_split_gives_the_same_gradient", "test_masked_steps_have_no_gradient"
 LOSSES_OF_REINFORCE, LOSSES_OF_ONE_STEP, LOSSES_OF_A2C, LOSSES_OF_PPO = (
@@ -192,74 +192,20 @@ IN_ACTOR_CRITIC = (
     Mutant(
         "one step drops gamma^t",
         ACTOR_CRITIC,
-        "return Signal(advantage=delta * weight, value_target=delta + value)",
-        "return Signal(advantage=delta, value_target=delta + value)",
+        "return replace(signal, advantage=signal.advantage * weight)",
+        "return replace(signal, advantage=signal.advantage)",
         "gamma^t is never kept",
         ("OneStepActorCritic: TD residual, gamma^t kept; exact critic, on-policy",),
         (LOSSES_OF_ONE_STEP,),
     ),
     Mutant(
-        "one step drops its mask",
-        ACTOR_CRITIC,
-        "gae_lambda=0.0,\n            mask=trajectory.partial_mask",
-        "gae_lambda=0.0,\n            mask=None",
-        "time passes at steps that nobody chose",
-        (),
-        (HIDDEN_OF_ONE_STEP,),
-    ),
-    Mutant(
         "one step discounts twice",
         ACTOR_CRITIC,
-        "discount_weight(trajectory.time, self.gamma, dtype=delta.dtype)",
-        "discount_weight(2 * trajectory.time, self.gamma, dtype=delta.dtype)",
+        "discount_weight(trajectory.time, self.gamma, dtype=signal.advantage.dtype)",
+        "discount_weight(2 * trajectory.time, self.gamma, dtype=signal.advantage.dtype)",
         "gamma^2t",
         ("OneStepActorCritic: TD residual, gamma^t kept; exact critic, on-policy",),
         (LOSSES_OF_ONE_STEP,),
-    ),
-    Mutant(
-        "one step's critic learns the error",
-        ACTOR_CRITIC,
-        "return Signal(advantage=delta * weight, value_target=delta + value)",
-        "return Signal(advantage=delta * weight, value_target=delta)",
-        "V is missing in the target",
-        (),
-        (LOSSES_OF_ONE_STEP,),
-    ),
-    Mutant(
-        "a2c sees termination alone",
-        ACTOR_CRITIC,
-        "trajectory.cut,\n            gae_lambda=self.gae_lambda",
-        "trajectory.terminated,\n            gae_lambda=self.gae_lambda",
-        "an advantage runs on over a time limit",
-        (),
-        (LOSSES_OF_A2C,),
-    ),
-    Mutant(
-        "a2c drops its mask",
-        ACTOR_CRITIC,
-        "gae_lambda=self.gae_lambda,\n            mask=trajectory.partial_mask",
-        "gae_lambda=self.gae_lambda,\n            mask=None",
-        "time passes at steps that nobody chose",
-        (),
-        (HIDDEN_OF_A2C,),
-    ),
-    Mutant(
-        "a2c's critic learns the advantage",
-        ACTOR_CRITIC,
-        "return Signal(advantage=advantage, value_target=advantage + value)",
-        "return Signal(advantage=advantage, value_target=advantage)",
-        "V is missing in the target",
-        (),
-        (LOSSES_OF_A2C,),
-    ),
-    Mutant(
-        "a2c's critic does not bootstrap",
-        ACTOR_CRITIC,
-        "return Signal(advantage=advantage, value_target=advantage + value)",
-        "return Signal(advantage=advantage, value_target=trajectory.reward)",
-        "the target stops after one reward",
-        (),
-        (LOSSES_OF_A2C,),
     ),
     Mutant(
         "actor-critic downhill",
@@ -299,34 +245,46 @@ IN_ACTOR_CRITIC = (
     ),
 )
 
-IN_PPO = (
+IN_CRITIC_ADVANTAGE = (
     Mutant(
-        "ppo sees termination alone",
-        PPO,
-        "trajectory.cut,\n            gae_lambda=self.gae_lambda",
-        "trajectory.terminated,\n            gae_lambda=self.gae_lambda",
+        "an advantage sees termination alone",
+        CRITIC,
+        "trajectory.cut,\n        gae_lambda=gae_lambda",
+        "trajectory.terminated,\n        gae_lambda=gae_lambda",
         "an advantage runs on over a time limit",
         (),
-        (LOSSES_OF_PPO,),
+        (LOSSES_OF_A2C, LOSSES_OF_PPO),
     ),
     Mutant(
-        "ppo drops its mask",
-        PPO,
-        "mask=trajectory.partial_mask",
-        "mask=None",
+        "an advantage drops its mask",
+        CRITIC,
+        "gae_lambda=gae_lambda,\n        mask=trajectory.partial_mask",
+        "gae_lambda=gae_lambda,\n        mask=None",
         "time passes at steps that nobody chose",
         (),
-        (HIDDEN_OF_PPO,),
+        (HIDDEN_OF_ONE_STEP, HIDDEN_OF_A2C, HIDDEN_OF_PPO),
     ),
     Mutant(
-        "ppo's critic learns the advantage",
-        PPO,
+        "a critic learns the advantage",
+        CRITIC,
         "return Signal(advantage=advantage, value_target=advantage + value)",
         "return Signal(advantage=advantage, value_target=advantage)",
         "V is missing in the target",
         (),
-        (LOSSES_OF_PPO,),
+        (LOSSES_OF_ONE_STEP, LOSSES_OF_A2C, LOSSES_OF_PPO),
     ),
+    Mutant(
+        "a critic does not bootstrap",
+        CRITIC,
+        "return Signal(advantage=advantage, value_target=advantage + value)",
+        "return Signal(advantage=advantage, value_target=trajectory.reward)",
+        "the target stops after one reward",
+        (),
+        (LOSSES_OF_ONE_STEP, LOSSES_OF_A2C, LOSSES_OF_PPO),
+    ),
+)
+
+IN_PPO = (
     Mutant(
         "ppo's ratio is always 1",
         PPO,
@@ -535,4 +493,4 @@ IN_ROLLOUT = (
     ),
 )
 
-ALGORITHMS = (*IN_TRAJECTORY, *IN_REINFORCE, *IN_ACTOR_CRITIC, *IN_PPO, *IN_STEP, *IN_ROLLOUT)
+ALGORITHMS = (*IN_TRAJECTORY, *IN_REINFORCE, *IN_ACTOR_CRITIC, *IN_CRITIC_ADVANTAGE, *IN_PPO, *IN_STEP, *IN_ROLLOUT)

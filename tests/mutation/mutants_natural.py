@@ -144,8 +144,8 @@ IN_SURROGATE = (
     Mutant(
         "the bonus never fades",
         SURROGATE,
-        "scheduled(entropy_schedule, entropy_coefficient, now.progress)",
-        "entropy_coefficient",
+        "scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)",
+        "self.entropy_coefficient",
         "a schedule that is not followed",
         ("TRPO: the loss, by hand",),
     ),
@@ -160,7 +160,7 @@ IN_SURROGATE = (
     Mutant(
         "episodes averaged by step",
         SURROGATE,
-        'step_mean if psi == "gae" else trajectory_sum',
+        'step_mean if self.psi == "gae" else trajectory_sum',
         "step_mean",
         "steps of long episodes weigh less",
         (TO_GO,),

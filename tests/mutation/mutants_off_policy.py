@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness import Mutant
 
-IMPORTANCE = "upslope.estimators.importance"
+IMPORTANCE, CRITIC = "upslope.estimators.importance", "upslope.algorithms.critic_advantage"
 SAMPLED, VTRACE, STALE = (f"upslope.algorithms.{name}" for name in ("importance_sampled", "vtrace", "stale"))
 
 OFF = "another policy acted"
@@ -135,9 +135,9 @@ IN_VTRACE = (
     ),
     Mutant(
         "V-trace of its own log-probs",
-        VTRACE,
-        "trajectory.proximal_log_prob,\n            trajectory.behaviour_log_prob,",
-        "trajectory.proximal_log_prob,\n            trajectory.proximal_log_prob,",
+        CRITIC,
+        "trajectory.proximal_log_prob,\n        trajectory.behaviour_log_prob,",
+        "trajectory.proximal_log_prob,\n        trajectory.proximal_log_prob,",
         "no correction",
         (FOLLOWED,),
     ),

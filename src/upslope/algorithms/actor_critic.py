@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from upslope.algorithms.critic_advantage import gae_signal
 from upslope.algorithms.protocol import (
     Loss,
     Now,
@@ -28,7 +29,6 @@ from upslope.algorithms.protocol import (
 from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
     discount_weight,
-    gae,
     score_function,
     squared_value_error,
     standardise,
@@ -70,19 +70,11 @@ class OneStepActorCritic(Stateless):
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """delta_t (GAE at lambda = 0), times gamma^t if asked for; the critic's target is delta_t + V_t."""
-        assert value is not None
-        assert next_value is not None
-        delta = gae(
-            trajectory.reward,
-            trajectory.discount(self.gamma),
-            value,
-            next_value,
-            trajectory.cut,
-            gae_lambda=0.0,
-            mask=trajectory.partial_mask,
-        )
-        weight = discount_weight(trajectory.time, self.gamma, dtype=delta.dtype) if self.discounted_states else 1.0
-        return Signal(advantage=delta * weight, value_target=delta + value)
+        signal = gae_signal(trajectory, value, next_value, gamma=self.gamma, gae_lambda=0.0)
+        if not self.discounted_states:
+            return signal
+        weight = discount_weight(trajectory.time, self.gamma, dtype=signal.advantage.dtype)
+        return replace(signal, advantage=signal.advantage * weight)
 
     def prepare(self, batch: Batch) -> Batch:
         """Every step counts the same."""
@@ -151,19 +143,8 @@ class A2C(Stateless):
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_t = GAE(gamma, lambda); the critic's target is A_t + V_t."""
-        assert value is not None
-        assert next_value is not None
         trajectory = self.reference_kl.rewarded(trajectory)
-        advantage = gae(
-            trajectory.reward,
-            trajectory.discount(self.gamma),
-            value,
-            next_value,
-            trajectory.cut,
-            gae_lambda=self.gae_lambda,
-            mask=trajectory.partial_mask,
-        )
-        return Signal(advantage=advantage, value_target=advantage + value)
+        return gae_signal(trajectory, value, next_value, gamma=self.gamma, gae_lambda=self.gae_lambda)
 
     def prepare(self, batch: Batch) -> Batch:
         """Every step counts the same."""

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from upslope.algorithms.critic_advantage import gae_signal
 from upslope.algorithms.protocol import (
     Loss,
     Now,
@@ -36,7 +37,6 @@ from upslope.estimators import (
     adapted_coefficient,
     clipped,
     clipped_value_error,
-    gae,
     k3,
     kl_penalised,
     squared_value_error,
@@ -152,21 +152,10 @@ class PPO:
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """A_t = GAE(gamma, lambda), the critic's target is A_t + V_t; or both of V-trace."""
-        assert value is not None
-        assert next_value is not None
         trajectory = self.reference_kl.rewarded(trajectory)
         if self.stale.corrects_advantage:
             return self.stale.signal(trajectory, value, next_value, gamma=self.gamma, trace_decay=self.gae_lambda)
-        advantage = gae(
-            trajectory.reward,
-            trajectory.discount(self.gamma),
-            value,
-            next_value,
-            trajectory.cut,
-            gae_lambda=self.gae_lambda,
-            mask=trajectory.partial_mask,
-        )
-        return Signal(advantage=advantage, value_target=advantage + value)
+        return gae_signal(trajectory, value, next_value, gamma=self.gamma, gae_lambda=self.gae_lambda)
 
     def prepare(self, batch: Batch) -> Batch:
         """Every step counts the same; advantages are standardised over the optimiser step."""

@@ -182,3 +182,7 @@ class ReferenceKL:
         follows = (_IN_LOSS if self.place == "loss" else _IN_REWARD)[self.estimate]
         before = "" if self.place == "loss" or self.baselined else ", added to the advantage after the baseline"
         return f"{self.coefficient} x {self.estimate} to the reference in the {self.place}{before}; {follows}"
+
+
+NO_PENALTY = ReferenceKL()
+"""Of algorithms that know no reference."""

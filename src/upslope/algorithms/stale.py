@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from upslope.algorithms.critic_advantage import unweighted_advantage, vtrace_of
 from upslope.algorithms.ratios import importance_weight, step_average
-from upslope.estimators import VTrace, vtrace
 from upslope.trajectory import Batch, Signal, Trajectory
 
 
@@ -84,7 +84,13 @@ class StaleData:
         return advantage * weight, {"importance_weight": step_average(weight, batch)}
 
     def signal(
-        self, trajectory: Trajectory, value: Tensor, next_value: Tensor, *, gamma: float, trace_decay: float
+        self,
+        trajectory: Trajectory,
+        value: Tensor | None,
+        next_value: Tensor | None,
+        *,
+        gamma: float,
+        trace_decay: float,
     ) -> Signal:
         """A_t and v_t of V-trace with both truncations at 1; A_t without its weight rho_t, which the ratio brings.
 
@@ -95,17 +101,8 @@ class StaleData:
             gamma: discount factor.
             trace_decay: lambda.
         """
-        assert trajectory.proximal_log_prob is not None
-        found = vtrace(
-            trajectory.proximal_log_prob,
-            trajectory.behaviour_log_prob,
-            trajectory.reward,
-            trajectory.discount(gamma),
-            value,
-            next_value,
-            trajectory.cut,
-            trace_decay=trace_decay,
-            mask=trajectory.partial_mask,
+        found = vtrace_of(
+            trajectory, value, next_value, gamma=gamma, trace_decay=trace_decay, rho_clip=1.0, trace_clip=1.0
         )
         return Signal(advantage=unweighted_advantage(found), value_target=found.value_target)
 
@@ -120,8 +117,3 @@ class StaleData:
         """The advantage."""
         name = "V-trace" if self.corrects_advantage else "GAE"
         return f"{name}(gamma={gamma}, lambda={gae_lambda})"
-
-
-def unweighted_advantage(found: VTrace) -> Tensor:
-    """r_t + g_t v_{t+1} - V_t [B, T]: the advantage of V-trace without its weight rho_t; 0 where nothing was chosen."""
-    return found.advantage / found.rho.clamp(min=torch.finfo(found.rho.dtype).tiny)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from upslope.algorithms.actor_critic import score_and_value_loss
 from upslope.algorithms.average_reward import refuse_ends
+from upslope.algorithms.critic_advantage import gae_signal
 from upslope.algorithms.protocol import Condition, Loss, Now, Passes, State, Stateless, Target, Traces
-from upslope.estimators import discount_weight, gae, squared_value_error, step_mean, trajectory_sum, weighted_sum
+from upslope.estimators import discount_weight, squared_value_error, step_mean, trajectory_sum, weighted_sum
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
@@ -54,10 +55,7 @@ class TDLambda(Stateless):
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """Forward view: how far the lambda-return is from V_t, and the lambda-return."""
-        assert value is not None
-        assert next_value is not None
-        ahead = _ahead(trajectory, trajectory.reward, value, next_value, self.gamma, self.trace_decay)
-        return Signal(advantage=ahead, value_target=ahead + value)
+        return gae_signal(trajectory, value, next_value, gamma=self.gamma, gae_lambda=self.trace_decay)
 
     def prepare(self, batch: Batch) -> Batch:
         """Each trajectory's sum counts the same."""
@@ -156,18 +154,17 @@ class ActorCriticLambda:
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """Forward view: I_t times GAE(lambda_theta), and the lambda_w-return; r_bar stays where it is."""
-        assert value is not None
-        assert next_value is not None
-        reward, metrics = trajectory.reward, dict[str, Tensor]()
+        metrics = dict[str, Tensor]()
         if self.continuing:
             refuse_ends(trajectory)
             metrics["average_reward"] = torch.tensor(now.state["average_reward"], dtype=torch.float64)
-            reward = reward - now.state["average_reward"]
-        psi = _ahead(trajectory, reward, value, next_value, self.gamma, self.actor_trace_decay)
+            trajectory = replace(trajectory, reward=trajectory.reward - now.state["average_reward"])
+        values = (trajectory, value, next_value)
+        psi = gae_signal(*values, gamma=self.gamma, gae_lambda=self.actor_trace_decay).advantage
         if self.discounted_states:
             psi = psi * discount_weight(trajectory.time, self.gamma, dtype=psi.dtype)
-        ahead = _ahead(trajectory, reward, value, next_value, self.gamma, self.critic_trace_decay)
-        return Signal(advantage=psi, value_target=ahead + value, metrics=metrics)
+        critic = gae_signal(*values, gamma=self.gamma, gae_lambda=self.critic_trace_decay)
+        return replace(critic, advantage=psi, metrics=metrics)
 
     def prepare(self, batch: Batch) -> Batch:
         """Each trajectory's sum counts the same; without trajectories, each step."""
@@ -199,21 +196,6 @@ class ActorCriticLambda:
             "reduction": "mean over the environments' traces",
             "passes": "1 step per step of each environment",
         }
-
-
-def _ahead(
-    trajectory: Trajectory, reward: Tensor, value: Tensor, next_value: Tensor, gamma: float, trace_decay: float
-) -> Tensor:
-    """G^lambda_t - V_t."""
-    return gae(
-        reward,
-        trajectory.discount(gamma),
-        value,
-        next_value,
-        trajectory.cut,
-        gae_lambda=trace_decay,
-        mask=trajectory.partial_mask,
-    )
 
 
 def _check_decays(**decays: float) -> None:

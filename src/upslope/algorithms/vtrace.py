@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from upslope.algorithms.actor_critic import score_and_value_loss
+from upslope.algorithms.critic_advantage import unweighted_advantage, vtrace_of
 from upslope.algorithms.protocol import (
     Loss,
     Now,
@@ -28,8 +29,7 @@ from upslope.algorithms.protocol import (
     scheduled,
     scheduled_in_words,
 )
-from upslope.algorithms.stale import unweighted_advantage
-from upslope.estimators import standardise, step_mean, vtrace
+from upslope.estimators import standardise, step_mean
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
 
@@ -85,21 +85,14 @@ class VTraceActorCritic(Stateless):
 
     def advantage(self, trajectory: Trajectory, value: Tensor | None, next_value: Tensor | None, now: Now) -> Signal:
         """Psi_t and v_t, and the mean of rho_t: 1 where the policy itself acted."""
-        assert value is not None
-        assert next_value is not None
-        assert trajectory.proximal_log_prob is not None
-        found = vtrace(
-            trajectory.proximal_log_prob,
-            trajectory.behaviour_log_prob,
-            trajectory.reward,
-            trajectory.discount(self.gamma),
+        found = vtrace_of(
+            trajectory,
             value,
             next_value,
-            trajectory.cut,
+            gamma=self.gamma,
             trace_decay=self.gae_lambda,
             rho_clip=self.rho_bar,
             trace_clip=self.c_bar,
-            mask=trajectory.partial_mask,
         )
         metrics = {"importance_weight": found.rho[trajectory.mask].mean()}
         advantage = found.advantage
