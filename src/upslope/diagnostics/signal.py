@@ -17,10 +17,9 @@ def explained_variance(value: Tensor, target: Tensor) -> float:
 
     NaN where the target does not vary, since the question has no answer then.
     """
-    variance = float(target.var(unbiased=False))
-    if variance == 0.0:
-        return float("nan")
-    return 1.0 - float((target - value).var(unbiased=False)) / variance
+    both = torch.stack([target.flatten(), (target - value).flatten()])
+    variance, left = both.var(dim=1, unbiased=False).tolist()
+    return float("nan") if variance == 0.0 else 1.0 - left / variance
 
 
 def psi_variances(

@@ -137,10 +137,8 @@ class LeanMLP:
     """
 
     def __init__(self, network: MLP) -> None:
-        arrays = [
-            (layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in network.affine
-        ]
-        self._constant = None if network.constant is None else network.constant.detach().cpu().numpy()
+        arrays = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in network.affine]
+        self._constant = None if network.constant is None else network.constant.numpy(force=True)
         self._hidden, self._last = (arrays, None) if network.torso else (arrays[:-1], arrays[-1])
         self._activation = network.activation
         self.dtype, self.device = arrays[0][0].dtype, network.affine[0].weight.device
