@@ -11,17 +11,8 @@ import torch
 from torch import Tensor
 
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import (
-    GRAD_J,
-    Found,
-    Stage,
-    by_loop,
-    identity,
-    row,
-    row_gradients,
-    stage,
-    weighted_moments,
-)
+from upslope.auditing.cases.measurement import Found, identity, row, row_gradients, weighted_moments
+from upslope.auditing.cases.stage import GRAD_J, Stage, by_loop, stage
 from upslope.auditing.cases.token_stage import TokenStage, token_stage
 from upslope.auditing.setting import Critic, Unit
 from upslope.estimators import (

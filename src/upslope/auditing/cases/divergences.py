@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import Found, identity, row, row_gradients, weighted_moments
+from upslope.auditing.cases.measurement import Found, identity, row, row_gradients, weighted_moments
 from upslope.auditing.cases.token_stage import token_stage
 from upslope.auditing.moments import Moments
 from upslope.estimators import (

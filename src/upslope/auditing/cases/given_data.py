@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upslope.algorithms import KTO, SFT, Algorithm, Preference, RewardModel
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import Found, row, weighted_moments
+from upslope.auditing.cases.measurement import Found, row, weighted_moments
 from upslope.auditing.cases.token_stage import TokenStage, token_stage
 from upslope.auditing.source import AlgorithmSource
 from upslope.exact import PrefixTable, regularised_optimum, sequence_kl

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upslope.algorithms import GRPO, RLOO, SFT, Algorithm, Preference
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import Found, row, weighted_moments
+from upslope.auditing.cases.measurement import Found, row, weighted_moments
 from upslope.auditing.declared import Circumstances, claim_of
 from upslope.auditing.groups import GroupSetting
 from upslope.auditing.measuring import Drawing, report

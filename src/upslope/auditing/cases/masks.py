@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from upslope.algorithms import A2C, PPO, Algorithm, OneStepActorCritic, Reinforce
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import Found, identity, row
+from upslope.auditing.cases.measurement import Found, identity, row
 from upslope.auditing.declared import Circumstances, claim_of, unit_of
 from upslope.auditing.measuring import Drawing, report
 from upslope.auditing.report import AuditReport

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from upslope.algorithms import NPG, TRPO, Algorithm, Loss, Now
 from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import Found, identity, row, stage
+from upslope.auditing.cases.measurement import Found, identity, row
+from upslope.auditing.cases.stage import stage
 from upslope.auditing.declared import Circumstances, put_to_the_test
 from upslope.auditing.source import AlgorithmSource, Recorder
 from upslope.estimators import conjugate_gradient, flatten

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import GRAD_J, STATES_UNDISCOUNTED, Found, Stage, identity, row, stage
+from upslope.auditing.cases.measurement import Found, identity, row
+from upslope.auditing.cases.stage import GRAD_J, STATES_UNDISCOUNTED, Stage, stage
 from upslope.auditing.cases.token_stage import TokenStage, token_stage
 from upslope.estimators import (
     adapted_coefficient,

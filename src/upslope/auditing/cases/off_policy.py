@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import STATES_UNDISCOUNTED, Found, Stage, by_loop, identity, row, stage
+from upslope.auditing.cases.measurement import Found, identity, row
+from upslope.auditing.cases.stage import STATES_UNDISCOUNTED, Stage, by_loop, stage
 from upslope.auditing.setting import Critic
 from upslope.estimators import VTrace, lambda_return, score_function, vtrace
 from upslope.exact import TabularPolicy, solve

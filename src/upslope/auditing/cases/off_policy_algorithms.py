@@ -13,7 +13,8 @@ from torch import Tensor
 from upslope.algorithms import PPO, Algorithm, ImportanceSampled, Now, StaleData, VTraceActorCritic
 from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import GRAD_J, Found, Stage, by_loop, identity, row, row_gradients, stage
+from upslope.auditing.cases.measurement import Found, identity, row, row_gradients
+from upslope.auditing.cases.stage import GRAD_J, Stage, by_loop, stage
 from upslope.auditing.declared import Circumstances, Claim, put_to_the_test
 from upslope.auditing.measuring import report
 from upslope.auditing.moments import Moments

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import Found, identity, row, row_gradients, weighted_moments
+from upslope.auditing.cases.measurement import Found, identity, row, row_gradients, weighted_moments
 from upslope.auditing.cases.token_stage import TokenStage, token_stage
 from upslope.estimators import (
     dpo_sigmoid,

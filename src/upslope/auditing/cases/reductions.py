@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import STATES_UNDISCOUNTED, Found, Stage, identity, row, stage, weighted_moments
+from upslope.auditing.cases.measurement import Found, identity, row, weighted_moments
+from upslope.auditing.cases.stage import STATES_UNDISCOUNTED, Stage, stage
 from upslope.auditing.cases.token_stage import TokenStage, token_stage
 from upslope.estimators import (
     fixed_length,

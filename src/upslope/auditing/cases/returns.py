@@ -11,7 +11,8 @@ from torch import Tensor
 
 from upslope.auditing.cases import off_policy
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import GRAD_J, STATES_UNDISCOUNTED, Found, Stage, by_loop, identity, row, stage
+from upslope.auditing.cases.measurement import Found, identity, row
+from upslope.auditing.cases.stage import GRAD_J, STATES_UNDISCOUNTED, Stage, by_loop, stage
 from upslope.auditing.setting import Critic, Unit
 from upslope.estimators import (
     backward_recurrence,

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from upslope.auditing.cases.stage import Found, row_gradients, weighted_moments
+from upslope.auditing.cases.measurement import Found, row_gradients, weighted_moments
 from upslope.estimators import sequence_log_prob
 from upslope.exact import (
     PrefixTable,

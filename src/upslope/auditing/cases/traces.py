@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from upslope.algorithms import ActorCriticLambda, Algorithm, TDLambda
 from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
-from upslope.auditing.cases.stage import Found, identity, row
+from upslope.auditing.cases.measurement import Found, identity, row
 from upslope.auditing.declared import Circumstances, Claim, in_words, put_to_the_test
 from upslope.auditing.measuring import report
 from upslope.auditing.report import AuditReport
