@@ -8,7 +8,13 @@ import pytest
 import torch
 from small_worlds import Forgetful, Remembering, Walk
 
-from upslope.collect import EnvironmentConfig, FiniteVectorEnvironment, SyncEnvironments, make_environments
+from upslope.collect import (
+    EnvironmentCollector,
+    EnvironmentConfig,
+    FiniteVectorEnvironment,
+    SyncEnvironments,
+    make_environments,
+)
 from upslope.collect.actions import RandomPolicy
 from upslope.collect.groups import GroupCollector, GroupStart
 from upslope.errors import UsageError
@@ -131,3 +137,9 @@ def test_numbers_that_do_not_divide_are_refused():
         collector(cartpoles(4), size=3, episodes=12)
     with pytest.raises(UsageError, match="not so many for each of 4 environments"):
         collector(cartpoles(4), episodes=6)
+
+
+def test_steps_come_in_no_waves():
+    fragments = EnvironmentCollector(cartpoles(2), steps=4, seed=0)
+    with pytest.raises(ValueError, match="give episodes per update instead of steps=4"):
+        fragments.collect_wave(RandomPolicy(fragments.action_space), 0, 1)
