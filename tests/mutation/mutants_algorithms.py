@@ -153,8 +153,8 @@ IN_REINFORCE = (
     Mutant(
         "reinforce penalises entropy",
         REINFORCE,
-        "per_step = per_step - coefficient * evaluation.entropy",
-        "per_step = per_step + coefficient * evaluation.entropy",
+        "per_step = per_step - entropy_coefficient * evaluation.entropy",
+        "per_step = per_step + entropy_coefficient * evaluation.entropy",
         "the sign of the bonus",
         (),
         (LOSSES_OF_REINFORCE,),
@@ -162,8 +162,8 @@ IN_REINFORCE = (
     Mutant(
         "reinforce's critic runs away",
         REINFORCE,
-        "per_step = per_step + self.value_coefficient * value_error",
-        "per_step = per_step - self.value_coefficient * value_error",
+        "per_step = per_step + value_coefficient * value_error",
+        "per_step = per_step - value_coefficient * value_error",
         "the sign of the value error",
         (),
         (LOSSES_OF_REINFORCE,),

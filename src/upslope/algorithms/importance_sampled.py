@@ -20,6 +20,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from upslope.algorithms.critic_advantage import vtrace_of
 from upslope.algorithms.protocol import (
     Condition,
     Loss,
@@ -32,7 +33,8 @@ from upslope.algorithms.protocol import (
     scheduled,
     scheduled_in_words,
 )
-from upslope.algorithms.ratios import chosen_log_prob, step_average
+from upslope.algorithms.reference_kl import NO_PENALTY
+from upslope.algorithms.reinforce import episode_loss
 from upslope.errors import OffPolicyError
 from upslope.estimators import (
     baselined,
@@ -40,12 +42,8 @@ from upslope.estimators import (
     effective_sample_size,
     per_decision_log_weight,
     reward_to_go,
-    score_function,
     self_normalised_weight,
-    squared_value_error,
     trajectory_sum,
-    vtrace,
-    weighted_sum,
 )
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
@@ -118,9 +116,9 @@ class ImportanceSampled(Stateless):
         else:
             psi = reward_to_go(reward * weight, discount, cut, bootstrap=next_value * weight, mask=mask)
             psi = baselined(psi, weight * value)
-            assert trajectory.proximal_log_prob is not None
-            log_probs = trajectory.proximal_log_prob, trajectory.behaviour_log_prob
-            target = vtrace(*log_probs, reward, discount, value, next_value, cut, mask=mask).value_target
+            values = (trajectory, value, next_value)
+            found = vtrace_of(*values, gamma=self.gamma, trace_decay=1.0, rho_clip=1.0, trace_clip=1.0)
+            target = found.value_target
         if self.discounted_states:
             psi = psi * discount_weight(trajectory.time, self.gamma, dtype=psi.dtype)
         return Signal(advantage=psi, value_target=target, metrics=metrics)
@@ -168,20 +166,14 @@ class ImportanceSampled(Stateless):
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """The negative score-function objective, plus the critic's error and the entropy bonus."""
-        objective = score_function(chosen_log_prob(batch, evaluation), batch.advantage)
-        per_step = -objective
-        metrics = {
-            "policy_loss": -weighted_sum(objective.detach(), batch.weight),
-            "entropy": step_average(evaluation.entropy, batch),
-        }
-        if batch.value_target is not None and evaluation.value is not None:
-            value_error = squared_value_error(evaluation.value, batch.value_target)
-            per_step = per_step + self.value_coefficient * value_error
-            metrics["value_loss"] = step_average(value_error, batch)
-        if self.entropy_coefficient != 0.0:
-            coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
-            per_step = per_step - coefficient * evaluation.entropy
-        return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
+        coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
+        return episode_loss(
+            batch,
+            evaluation,
+            value_coefficient=self.value_coefficient,
+            entropy_coefficient=coefficient,
+            reference_kl=NO_PENALTY,
+        )
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""

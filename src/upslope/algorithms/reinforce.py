@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import (
@@ -29,7 +28,7 @@ from upslope.algorithms.protocol import (
     scheduled,
     scheduled_in_words,
 )
-from upslope.algorithms.ratios import chosen_log_prob
+from upslope.algorithms.ratios import chosen_log_prob, step_average
 from upslope.algorithms.reference_kl import ReferenceKL
 from upslope.estimators import (
     baselined,
@@ -149,26 +148,14 @@ class Reinforce(Stateless):
 
     def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
         """The negative score-function objective, plus the critic's error and the entropy bonus."""
-        log_prob = chosen_log_prob(batch, evaluation)
-        objective = score_function(log_prob, batch.advantage)
-        per_step = -objective
-        metrics: dict[str, Tensor] = {}
-        penalty = self.reference_kl.of_loss(batch, evaluation, log_prob)
-        if penalty is not None:
-            per_step = per_step + penalty
-        distance = self.reference_kl.watched(batch, log_prob, penalty)
-        if distance is not None:
-            metrics["reference_kl"] = _mean(distance, batch)
-        if batch.value_target is not None and evaluation.value is not None:
-            value_error = squared_value_error(evaluation.value, batch.value_target)
-            per_step = per_step + self.value_coefficient * value_error
-            metrics["value_loss"] = _mean(value_error, batch)
-        if self.entropy_coefficient != 0.0:
-            coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
-            per_step = per_step - coefficient * evaluation.entropy
-        metrics["policy_loss"] = -weighted_sum(objective.detach(), batch.weight)
-        metrics["entropy"] = _mean(evaluation.entropy, batch)
-        return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
+        coefficient = scheduled(self.entropy_schedule, self.entropy_coefficient, now.progress)
+        return episode_loss(
+            batch,
+            evaluation,
+            value_coefficient=self.value_coefficient,
+            entropy_coefficient=coefficient,
+            reference_kl=self.reference_kl,
+        )
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""
@@ -195,7 +182,39 @@ class Reinforce(Stateless):
         return f"{self.value_coefficient} x 0.5 (V - target)^2; target = {target}"
 
 
-def _mean(value: Tensor, batch: Batch) -> Tensor:
-    """The part of the mean over all chosen steps that the steps of this batch bring."""
-    with torch.no_grad():
-        return value[batch.mask].sum() * (batch.share / max(int(batch.mask.sum()), 1))
+def episode_loss(
+    batch: Batch,
+    evaluation: Evaluation,
+    *,
+    value_coefficient: float,
+    entropy_coefficient: float,
+    reference_kl: ReferenceKL,
+) -> Loss:
+    """sum_t w_t [ -l_t Psi_t + penalty + c_V * 0.5 (V_t - target_t)^2 - c_H H_t ], and its parts as means over steps.
+
+    Args:
+        batch: with the weights of the reduction, and the critic's targets where there is a critic.
+        evaluation: of the policy.
+        value_coefficient: c_V.
+        entropy_coefficient: c_H, as it stands now.
+        reference_kl: whose penalty may be a term of the loss.
+    """
+    log_prob = chosen_log_prob(batch, evaluation)
+    objective = score_function(log_prob, batch.advantage)
+    per_step = -objective
+    metrics: dict[str, Tensor] = {}
+    penalty = reference_kl.of_loss(batch, evaluation, log_prob)
+    if penalty is not None:
+        per_step = per_step + penalty
+    distance = reference_kl.watched(batch, log_prob, penalty)
+    if distance is not None:
+        metrics["reference_kl"] = step_average(distance, batch)
+    if batch.value_target is not None and evaluation.value is not None:
+        value_error = squared_value_error(evaluation.value, batch.value_target)
+        per_step = per_step + value_coefficient * value_error
+        metrics["value_loss"] = step_average(value_error, batch)
+    if entropy_coefficient != 0.0:
+        per_step = per_step - entropy_coefficient * evaluation.entropy
+    metrics["policy_loss"] = -weighted_sum(objective.detach(), batch.weight)
+    metrics["entropy"] = step_average(evaluation.entropy, batch)
+    return Loss(value=weighted_sum(per_step, batch.weight), metrics=metrics)
