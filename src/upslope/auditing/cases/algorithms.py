@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import get_args
-
-import torch
 
 from upslope.algorithms import A2C, PPO, Algorithm, OneStepActorCritic, Reinforce
 from upslope.algorithms.reinforce import Psi
-from upslope.auditing.audit import audit
+from upslope.auditing.cases.audited import audited, small_network
 from upslope.auditing.cases.case import Case
 from upslope.auditing.declared import Circumstances, put_to_the_test
-from upslope.policies import ActorCritic, ActorCriticConfig
-from upslope.spaces import Discrete
 
-_GAMMA, _LIMIT, _ROW_STEPS = 0.8, 2, 2
+_GAMMA, _LIMIT = 0.8, 2
 _FEW, _SAMPLES, _MANY = 6_000, 20_000, 100_000
 _ONE_PASS = PPO(gamma=_GAMMA, normalize_advantage=False, epochs=1, minibatches=1)
 
@@ -71,23 +66,23 @@ def cases() -> Iterator[Case]:
     """All rows of algorithms."""
     for words, algorithm in variants():
         for circumstances in put_to_the_test(algorithm.target, limit=_LIMIT):
-            yield _case(words, algorithm, "six-state", circumstances)
-        yield _case(f"{words}, sampled", algorithm, "six-state", Circumstances(), samples=_SAMPLES)
+            yield audited(words, algorithm, "six-state", circumstances)
+        yield audited(f"{words}, sampled", algorithm, "six-state", Circumstances(), samples=_SAMPLES)
     for words, algorithm, samples in altered():
-        yield _case(words, algorithm, "six-state", Circumstances(), samples=samples)
+        yield audited(words, algorithm, "six-state", Circumstances(), samples=samples)
     whole = PPO(gamma=_GAMMA, normalize_advantage=False)
-    yield _case("4 passes of 4 minibatches", whole, "six-state", Circumstances(), samples=_FEW)
+    yield audited("4 passes of 4 minibatches", whole, "six-state", Circumstances(), samples=_FEW)
     for name in ("two-state", "noisy-rewards", "bandit"):
         for algorithm in (Reinforce(gamma=_GAMMA), A2C(gamma=_GAMMA), _ONE_PASS):
-            yield _case("as it comes", algorithm, name, Circumstances())
+            yield audited("as it comes", algorithm, name, Circumstances())
     for words, algorithm in _on_completions():
         for circumstances in put_to_the_test(algorithm.target, limit=_LIMIT):
             alone = "fixed_steps" not in algorithm.target.requires or circumstances == Circumstances()
             if circumstances.limit is None and circumstances.unit is None and alone:
-                yield _case(words, algorithm, "tokens", circumstances)
+                yield audited(words, algorithm, "tokens", circumstances)
     yield from _through_a_network()
-    yield _case("reward_to_go", Reinforce(gamma=_GAMMA), "time-limit", Circumstances())
-    yield _case("bootstrapped at the limit", Reinforce(gamma=_GAMMA, psi="baselined"), "time-limit", Circumstances())
+    yield audited("reward_to_go", Reinforce(gamma=_GAMMA), "time-limit", Circumstances())
+    yield audited("bootstrapped at the limit", Reinforce(gamma=_GAMMA, psi="baselined"), "time-limit", Circumstances())
 
 
 def _through_a_network() -> Iterator[Case]:
@@ -101,24 +96,4 @@ def _through_a_network() -> Iterator[Case]:
         ("lambda 1.0", A2C(gamma=_GAMMA, gae_lambda=1.0), own),
         ("clip", _ONE_PASS, own),
     ):
-        yield _case(f"{words}, a network", algorithm, "six-state", circumstances, policy=_network())
-
-
-def _network() -> ActorCritic:
-    config = ActorCriticConfig(hidden=(8,), policy_gain=1.0)
-    policy = ActorCritic(Discrete(7), Discrete(2), config, generator=torch.Generator().manual_seed(0))
-    return policy.double()
-
-
-def _case(
-    words: str,
-    algorithm: Algorithm,
-    problem: str,
-    circumstances: Circumstances,
-    samples: int | None = None,
-    policy: ActorCritic | None = None,
-) -> Case:
-    run = partial(
-        audit, algorithm, problem, circumstances=circumstances, samples=samples, policy=policy, row_steps=_ROW_STEPS
-    )
-    return Case(subject=type(algorithm).__name__, setting=f"{words}; {circumstances}", run=run)
+        yield audited(f"{words}, a network", algorithm, "six-state", circumstances, policy=small_network(7))

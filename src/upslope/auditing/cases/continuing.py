@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from upslope.algorithms import A2C, PPO, AverageReward, OneStepActorCritic
-from upslope.auditing.audit import audit
+from upslope.auditing.cases.audited import audited, small_network
 from upslope.auditing.cases.case import Case
 from upslope.auditing.declared import Circumstances, Claim, in_words, put_to_the_test
 from upslope.auditing.measuring import report
@@ -17,8 +16,6 @@ from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.source import AlgorithmSource
 from upslope.exact import problem, solve
-from upslope.policies import ActorCritic, ActorCriticConfig
-from upslope.spaces import Discrete
 
 _ROW_STEPS, _SAMPLES = 2, 3_000
 _PPO = PPO(gamma=1.0, normalize_advantage=False, epochs=1, minibatches=1)
@@ -37,35 +34,16 @@ def cases() -> Iterator[Case]:
     for words, algorithm in variants():
         for circumstances in put_to_the_test(algorithm.target, limit=2):
             if circumstances.limit is None:
-                yield _case(words, algorithm, "ring", circumstances)
-        yield _case(words, algorithm, "two-state-continuing", Circumstances())
+                yield audited(words, algorithm, "ring", circumstances)
+        yield audited(words, algorithm, "two-state-continuing", Circumstances())
         yield _off(words, algorithm)
     one_pass = AverageReward(method=_PPO)
-    yield _case("PPO, sampled", one_pass, "ring", Circumstances(), samples=_SAMPLES)
-    yield _case("PPO, fragments of one step", one_pass, "access-control", Circumstances(), row_steps=1)
+    yield audited("PPO, sampled", one_pass, "ring", Circumstances(), samples=_SAMPLES)
+    yield audited("PPO, fragments of one step", one_pass, "access-control", Circumstances(), row_steps=1)
     own = Circumstances(critic="perturbed")
-    yield _case("A2C, lambda 1.0, a network", AverageReward(method=A2C(gamma=1.0)), "ring", own, policy=_network())
-
-
-def _network() -> ActorCritic:
-    config = ActorCriticConfig(hidden=(8,), policy_gain=1.0)
-    return ActorCritic(Discrete(5), Discrete(2), config, generator=torch.Generator().manual_seed(0)).double()
-
-
-def _case(
-    words: str,
-    algorithm: AverageReward,
-    on: str,
-    circumstances: Circumstances,
-    *,
-    samples: int | None = None,
-    policy: ActorCritic | None = None,
-    row_steps: int = _ROW_STEPS,
-) -> Case:
-    run = partial(
-        audit, algorithm, on, circumstances=circumstances, samples=samples, policy=policy, row_steps=row_steps
+    yield audited(
+        "A2C, lambda 1.0, a network", AverageReward(method=A2C(gamma=1.0)), "ring", own, policy=small_network(5)
     )
-    return Case(subject="AverageReward", setting=f"{words}; {circumstances}", run=run)
 
 
 def _off(words: str, algorithm: AverageReward) -> Case:

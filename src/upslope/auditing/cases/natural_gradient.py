@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import NPG, TRPO, Algorithm, Loss, Now
-from upslope.auditing.audit import audit
+from upslope.auditing.cases.audited import audited
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.measurement import Found, identity, row
 from upslope.auditing.cases.stage import stage
@@ -27,7 +27,7 @@ from upslope.train.natural import NaturalUpdate
 from upslope.train.step import Learned, learn
 from upslope.trajectory import Batch, Evaluation, Trajectory
 
-_GAMMA, _LIMIT, _ROW_STEPS, _SAMPLES, _FEW = 0.8, 2, 2, 20_000, 6_000
+_GAMMA, _LIMIT, _SAMPLES, _FEW = 0.8, 2, 20_000, 6_000
 _PLAIN_TRPO = TRPO(gamma=_GAMMA, normalize_advantage=False)
 _PLAIN_NPG = NPG(gamma=_GAMMA, normalize_advantage=False)
 _STEP = TRPO(
@@ -74,21 +74,14 @@ def _gradients() -> Iterator[Case]:
         ("reward to go", replace(_PLAIN_NPG, psi="reward_to_go")),
     ):
         for circumstances in put_to_the_test(algorithm.target, limit=_LIMIT):
-            yield _case(words, algorithm, "six-state", circumstances)
-    yield _case("GAE, lambda 0.95, sampled", _PLAIN_TRPO, "six-state", Circumstances(), samples=_SAMPLES)
-    yield _case("entropy bonus", replace(_PLAIN_TRPO, entropy_coefficient=0.1), "six-state", Circumstances())
-    yield _case("as it comes: standardised", TRPO(gamma=_GAMMA), "six-state", Circumstances(), samples=_FEW)
+            yield audited(words, algorithm, "six-state", circumstances)
+    yield audited("GAE, lambda 0.95, sampled", _PLAIN_TRPO, "six-state", Circumstances(), samples=_SAMPLES)
+    yield audited("entropy bonus", replace(_PLAIN_TRPO, entropy_coefficient=0.1), "six-state", Circumstances())
+    yield audited("as it comes: standardised", TRPO(gamma=_GAMMA), "six-state", Circumstances(), samples=_FEW)
     on_completions = replace(_PLAIN_TRPO, gamma=1.0, psi="group")
     for circumstances in put_to_the_test(on_completions.target, limit=_LIMIT):
         if circumstances.limit is None and circumstances.unit is None:
-            yield _case("group, completions", on_completions, "tokens", circumstances)
-
-
-def _case(
-    words: str, algorithm: Algorithm, problem: str, circumstances: Circumstances, samples: int | None = None
-) -> Case:
-    run = partial(audit, algorithm, problem, circumstances=circumstances, samples=samples, row_steps=_ROW_STEPS)
-    return Case(subject=type(algorithm).__name__, setting=f"{words}; {circumstances}", run=run)
+            yield audited("group, completions", on_completions, "tokens", circumstances)
 
 
 # --- one step, from explicit matrices ------------------------------------------------------------------------------

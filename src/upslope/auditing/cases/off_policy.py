@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.measurement import Found, identity, row
@@ -17,26 +16,29 @@ from upslope.exact import TabularPolicy, solve
 
 _CRITICS: tuple[Critic, ...] = ("exact", "perturbed")
 _V = "v(s) of every state"
+_FAR = float("inf")
 
 
 def cases() -> Iterator[Case]:
     """All rows of V-trace."""
-    far = float("inf")
-    exact = partial(stage, behaviour="stale")
-    perturbed = partial(stage, behaviour="stale", critic="perturbed")
+    yield from _targets()
+    yield from _advantages()
+
+
+def _targets() -> Iterator[Case]:
+    """v_t, held against v of the policy differentiated, and against what it follows where rho is truncated."""
     slow = "truncated traces lean on the critic, which is wrong"
-    for setting, on, rho_clip, trace_clip, reason in (
-        ("whole weights, perturbed critic", perturbed, far, far, ""),
-        ("traces truncated at 0.5, exact critic", exact, far, 0.5, ""),
-        ("traces truncated at 0.5, perturbed critic", perturbed, far, 0.5, slow),
-        ("rho truncated at 1, exact critic", exact, 1.0, 1.0, "its fixed point is v of a policy in between"),
-    ):
+    choices: tuple[tuple[str, Critic, float, float, str], ...] = (
+        ("whole weights, perturbed critic", "perturbed", _FAR, _FAR, ""),
+        ("traces truncated at 0.5, exact critic", "exact", _FAR, 0.5, ""),
+        ("traces truncated at 0.5, perturbed critic", "perturbed", _FAR, 0.5, slow),
+        ("rho truncated at 1, exact critic", "exact", 1.0, 1.0, "its fixed point is v of a policy in between"),
+    )
+    for setting, critic, rho_clip, trace_clip, reason in choices:
         yield row(
             "vtrace",
             f"target as v_pi; another policy acted, {setting}",
-            lambda on=on, rho_clip=rho_clip, trace_clip=trace_clip: on().estimate_of_state(
-                _vtrace(on(), rho_clip, trace_clip).value_target, on().solution.value, _V
-            ),
+            partial(_value, partial(_stale, critic), rho_clip, trace_clip),
             biased_by=reason,
         )
     yield row("vtrace", "target where rho is truncated at 1, held against what it does follow", _fixed_point)
@@ -45,67 +47,77 @@ def cases() -> Iterator[Case]:
     yield row(
         "vtrace",
         "target as v_pi; fragments in which time limits fall, whole weights, exact critic",
-        lambda: parts().estimate_of_state(_vtrace(parts(), far, far).value_target, parts().solution.value, _V),
+        partial(_value, parts, _FAR, _FAR),
     )
     yield row("vtrace", "target; fragments in which time limits fall, perturbed critic: the loop", _vtrace_by_loop)
+    yield row("vtrace", "target as v_pi; steps that nobody chose in between, perturbed critic", _value_between)
+
+
+def _advantages() -> Iterator[Case]:
+    """rho_t (r_t + g_t v_{t+1} - V_t), held against gradients, and rho_t."""
     yield row(
         "VTrace",
         "advantage; fragments in which time limits fall, perturbed critic: the loop",
         partial(_vtrace_by_loop, advantage=True),
     )
-    followed = "sum_s eta_b(s) sum_a grad pi(a|s) q_pi(s,a), b the policy that acted"
     for critic in _CRITICS:
-        built = partial(stage, behaviour="stale", critic=critic)
         yield row(
             "VTrace",
             f"advantage as Psi; another policy acted, whole weights, {critic} critic",
-            lambda built=built: built().ascent(
-                score_function(built().log_prob, _vtrace(built(), far, far).advantage),
-                built().off_policy_gradient,
-                followed,
-            ),
+            partial(_followed, critic, _FAR),
         )
     yield row("VTrace", "rho, truncated at 1.1", _ratios)
     yield row(
         "VTrace",
         "advantage as Psi, rho truncated at 1, exact critic",
-        lambda: exact().ascent(
-            score_function(exact().log_prob, _vtrace(exact(), 1.0, 1.0).advantage),
-            exact().off_policy_gradient,
-            followed,
-        ),
+        partial(_followed, "exact", 1.0),
         biased_by="truncated weights leave part of the other policy's preferences in",
     )
     yield row(
         "VTrace",
         "advantage as Psi, whole weights, held against the gradient of the policy's own states",
-        lambda: exact().ascent(
-            score_function(exact().log_prob, _vtrace(exact(), far, far).advantage),
-            exact().gradient("undiscounted_states"),
-            STATES_UNDISCOUNTED,
-        ),
+        _own_states,
         biased_by="states are visited as often as the policy that acted visits them",
     )
 
-    def target(on: Stage) -> Tensor:
-        reward, discount, value, next_value, cut, mask = on.spaced
-        log_prob, behaviour = (part.repeat_interleave(2, -1) for part in (on.log_prob, on.behaviour_log_prob))
-        far = float("inf")
-        return vtrace(
-            log_prob, behaviour, reward, discount, value, next_value, cut, rho_clip=far, trace_clip=far, mask=mask
-        ).value_target
 
-    yield row(
-        "vtrace",
-        "target as v_pi; steps that nobody chose in between, perturbed critic",
-        lambda: (on := stage(behaviour="stale", critic="perturbed")).estimate_of_state(
-            target(on)[:, ::2], on.solution.value, _V
-        ),
+def _stale(critic: Critic) -> Stage:
+    return stage(behaviour="stale", critic=critic)
+
+
+def _value(built: Callable[[], Stage], rho_clip: float, trace_clip: float) -> Found:
+    on = built()
+    return on.estimate_of_state(_vtrace(on, rho_clip, trace_clip).value_target, on.solution.value, _V)
+
+
+def _value_between() -> Found:
+    """Of every second step: nobody chose the others."""
+    on = _stale("perturbed")
+    reward, discount, value, next_value, cut, mask = on.spaced
+    log_prob, behaviour = (part.repeat_interleave(2, -1) for part in (on.log_prob, on.behaviour_log_prob))
+    target = vtrace(
+        log_prob, behaviour, reward, discount, value, next_value, cut, rho_clip=_FAR, trace_clip=_FAR, mask=mask
+    ).value_target
+    return on.estimate_of_state(target[:, ::2], on.solution.value, _V)
+
+
+def _followed(critic: Critic, clip: float) -> Found:
+    """The advantage as Psi, both weights truncated at `clip`, held against what whole weights follow."""
+    on = _stale(critic)
+    score = score_function(on.log_prob, _vtrace(on, clip, clip).advantage)
+    return on.ascent(
+        score, on.off_policy_gradient, "sum_s eta_b(s) sum_a grad pi(a|s) q_pi(s,a), b the policy that acted"
     )
 
 
+def _own_states() -> Found:
+    on = _stale("exact")
+    score = score_function(on.log_prob, _vtrace(on, _FAR, _FAR).advantage)
+    return on.ascent(score, on.gradient("undiscounted_states"), STATES_UNDISCOUNTED)
+
+
 def _ratios() -> Found:
-    on = stage(behaviour="stale")
+    on = _stale("exact")
     policy, acted = (who.preferences().softmax(-1) for who in (on.setting.policy, on.setting.behaviour))
     truth = (policy / acted).clamp(max=1.1)
     return on.estimate(_vtrace(on, 1.1, 0.5).rho, truth, "min(1.1, pi(a|s) / b(a|s))")
@@ -144,7 +156,7 @@ def _vtrace(on: Stage, rho_clip: float, trace_clip: float, *, decay: float = 1.0
 
 def _fixed_point() -> Found:
     """With V = v of pi_rho ~ min(rho_bar b, pi) the mean target is V (Espeholt et al. 2018, appendix A)."""
-    on = stage(behaviour="stale")
+    on = _stale("exact")
     with torch.no_grad():
         acted, ours = (who.preferences().softmax(-1) for who in (on.setting.behaviour, on.setting.policy))
         between = TabularPolicy(*ours.shape, preferences=torch.minimum(acted, ours).log())

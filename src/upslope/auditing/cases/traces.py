@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms import ActorCriticLambda, Algorithm, TDLambda
-from upslope.auditing.audit import audit
+from upslope.auditing.cases.audited import audited, small_network
 from upslope.auditing.cases.case import Case
 from upslope.auditing.cases.measurement import Found, identity, row
 from upslope.auditing.declared import Circumstances, Claim, in_words, put_to_the_test
@@ -22,8 +22,6 @@ from upslope.auditing.report import AuditReport
 from upslope.auditing.setting import FiniteSetting, Unit
 from upslope.auditing.source import AlgorithmSource, Recorder, TraceSource
 from upslope.exact import FiniteMDP, StatePolicy, problem, solve
-from upslope.policies import ActorCritic, ActorCriticConfig
-from upslope.spaces import Discrete
 from upslope.train.traces import TraceLearner
 from upslope.trajectory import Policy, Trajectory
 
@@ -39,16 +37,16 @@ def cases() -> Iterator[Case]:
             algorithm = _episodic(decay, discounted=discounted)
             words = f"lambda {decay}" + (", I = gamma^t" if discounted else "")
             for circumstances in put_to_the_test(algorithm.target, limit=_LIMIT):
-                yield _case(words, algorithm, "six-state", circumstances)
+                yield audited(words, algorithm, "six-state", circumstances)
     kept = _episodic(0.5, discounted=True)
-    yield _case("lambda 0.5, I = gamma^t, sampled", kept, "six-state", Circumstances(), samples=_SAMPLES)
-    yield _case("lambda 0.5, I = gamma^t", kept, "noisy-rewards", Circumstances())
+    yield audited("lambda 0.5, I = gamma^t, sampled", kept, "six-state", Circumstances(), samples=_SAMPLES)
+    yield audited("lambda 0.5, I = gamma^t", kept, "noisy-rewards", Circumstances())
     own = Circumstances(critic="perturbed")
-    yield _case("lambda 1.0, a network", _episodic(1.0, discounted=False), "six-state", own, policy=_network())
+    yield audited("lambda 1.0, a network", _episodic(1.0, discounted=False), "six-state", own, policy=small_network(7))
     for circumstances in put_to_the_test(_CONTINUING.target, limit=_LIMIT):
         if circumstances.limit is not None:
             continue
-        yield _case("lambda 0.5, average reward", _CONTINUING, "ring", circumstances)
+        yield audited("lambda 0.5, average reward", _CONTINUING, "ring", circumstances)
     for decay in _LAMBDAS:
         yield _forward(f"lambda {decay}, I = gamma^t; forward view", _episodic(decay, discounted=True), "episodes")
     yield _forward("lambda 0.5, average reward; forward view", _CONTINUING, "fragments")
@@ -64,25 +62,6 @@ def _episodic(decay: float, *, discounted: bool) -> ActorCriticLambda:
     return ActorCriticLambda(
         gamma=_GAMMA, actor_trace_decay=decay, critic_trace_decay=0.7, discounted_states=discounted
     )
-
-
-def _network() -> ActorCritic:
-    config = ActorCriticConfig(hidden=(8,), policy_gain=1.0)
-    policy = ActorCritic(Discrete(7), Discrete(2), config, generator=torch.Generator().manual_seed(0))
-    return policy.double()
-
-
-def _case(
-    words: str,
-    algorithm: ActorCriticLambda,
-    on: str,
-    circumstances: Circumstances,
-    *,
-    samples: int | None = None,
-    policy: ActorCritic | None = None,
-) -> Case:
-    run = partial(audit, algorithm, on, circumstances=circumstances, samples=samples, policy=policy, row_steps=2)
-    return Case(subject="ActorCriticLambda", setting=f"{words}; {circumstances}", run=run)
 
 
 def _forward(words: str, algorithm: ActorCriticLambda, unit: Unit) -> Case:
