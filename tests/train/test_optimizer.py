@@ -127,6 +127,24 @@ def test_too_many_in_a_row_end_the_run() -> None:
     assert torch.equal(optimizer.flat.detach(), before)
 
 
+def test_moves_that_were_not_taken_are_counted_apart_from_the_critics_steps() -> None:
+    """A natural step whose gradient is never finite ends the run, however well the critic's steps go between."""
+    module = network()
+    optimizer = FlatOptimizer(module, OptimizerConfig(max_skipped=3))
+
+    def refuse() -> None:
+        raise AssertionError("moved by a gradient that is not finite")
+
+    for _ in range(2):
+        optimizer.gradient.fill_(float("nan"))
+        optimizer.step_by(refuse)
+        descend(module, optimizer, range(2))
+    assert optimizer.unmoved == 2
+    optimizer.gradient.fill_(float("nan"))
+    with pytest.raises(NonFiniteGradientError, match=r"in 3 optimiser steps in a row"):
+        optimizer.step_by(refuse)
+
+
 @pytest.mark.parametrize("taken", [0, 3])
 @pytest.mark.parametrize(("config", "make"), KINDS)
 def test_the_state_survives_a_checkpoint_to_the_last_bit(
@@ -135,7 +153,7 @@ def test_the_state_survives_a_checkpoint_to_the_last_bit(
     straight = network(torch.float32)
     optimizer = FlatOptimizer(straight, config)
     descend(straight, optimizer, range(taken))
-    optimizer.skipped = 2
+    optimizer.skipped, optimizer.unmoved = 2, 1
     saved = save_checkpoint(
         tmp_path, taken, {"weights": dict(straight.state_dict()), "optimizer": optimizer.state()}, keep=None
     )
@@ -148,7 +166,7 @@ def test_the_state_survives_a_checkpoint_to_the_last_bit(
     tree = load_checkpoint(saved).state
     resumed.load_state_dict(tree["weights"])
     continued.load_state(tree["optimizer"])
-    assert continued.skipped == 2
+    assert (continued.skipped, continued.unmoved) == (2, 1)
     descend(resumed, continued, range(taken, taken + 3))
     assert torch.equal(continued.flat, optimizer.flat)
 

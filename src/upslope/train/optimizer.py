@@ -43,6 +43,7 @@ class FlatOptimizer:
             raise ValueError("all trainable parameters must have one type and one device")
         self.config = config
         self.skipped = 0
+        self.unmoved = 0
         self.held: torch.Tensor | None = None
         self.flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
         self.gradient = torch.zeros_like(self.flat)
@@ -80,6 +81,7 @@ class FlatOptimizer:
             NonFiniteGradientError: after `max_skipped` skipped steps in a row.
         """
         norm = self._norm()
+        self.skipped = self._in_a_row(self.skipped, norm)
         if self.skipped:
             return norm
         limit = self.config.max_gradient_norm
@@ -93,7 +95,8 @@ class FlatOptimizer:
     def step_by(self, move: Callable[[], None]) -> float:
         """Let `move` move the parameters by the gradient, without any moments or clipping.
 
-        Where `held` is set, the parameters that it marks have no gradient; one that is not finite is skipped.
+        Where `held` is set, the parameters that it marks have no gradient; one that is not finite is skipped, and
+        counted apart from those of `step`.
 
         Args:
             move: reads the gradients of the parameters and moves these in place.
@@ -102,25 +105,29 @@ class FlatOptimizer:
             The gradient's norm.
 
         Raises:
-            NonFiniteGradientError: after `max_skipped` skipped steps in a row.
+            NonFiniteGradientError: after `max_skipped` skipped moves in a row.
         """
         norm = self._norm()
-        if not self.skipped:
+        self.unmoved = self._in_a_row(self.unmoved, norm)
+        if not self.unmoved:
             move()
         return norm
 
     def _norm(self) -> float:
-        """Of the gradient, without what is held; counts in a row those that are not finite."""
+        """Of the gradient, without what is held."""
         if self.held is not None:
             self.gradient.masked_fill_(self.held, 0.0)
-        norm = float(torch.linalg.vector_norm(self.gradient))
-        self.skipped = 0 if norm < float("inf") else self.skipped + 1
-        if self.skipped >= self.config.max_skipped:
+        return float(torch.linalg.vector_norm(self.gradient))
+
+    def _in_a_row(self, before: int, norm: float) -> int:
+        """How many gradients in a row were not finite, with this one."""
+        skipped = 0 if norm < float("inf") else before + 1
+        if skipped >= self.config.max_skipped:
             raise NonFiniteGradientError(
-                f"the gradient was not finite in {self.skipped} optimiser steps in a row (norm {norm}); lower the "
+                f"the gradient was not finite in {skipped} optimiser steps in a row (norm {norm}); lower the "
                 "learning rate, or look at the rewards and observations of the last rollout"
             )
-        return norm
+        return skipped
 
     def restart(self) -> None:
         """Forget the moments, as though no step had been taken."""
@@ -129,11 +136,12 @@ class FlatOptimizer:
     def state(self) -> Tree:
         """The moments and counters, for a checkpoint."""
         moments = self._optimizer.state[self.flat]
-        return {"skipped": self.skipped, "moments": {name: value.clone() for name, value in moments.items()}}
+        kept = {name: value.clone() for name, value in moments.items()}
+        return {"skipped": self.skipped, "unmoved": self.unmoved, "moments": kept}
 
     def load_state(self, tree: Tree) -> None:
         """Go on from `state()`."""
-        self.skipped = tree["skipped"]
+        self.skipped, self.unmoved = tree["skipped"], tree["unmoved"]
         self._optimizer.state[self.flat] = {
             name: value.to(self.flat.device if value.dim() else value.device).clone()
             for name, value in tree["moments"].items()
