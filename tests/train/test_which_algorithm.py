@@ -42,7 +42,7 @@ from upslope import (
     Run,
     VTraceActorCritic,
 )
-from upslope.algorithms import ActorCriticLambda, AverageReward, TDLambda
+from upslope.algorithms import ActorCriticLambda, AverageReward, TDLambda, Traces
 from upslope.auditing.table import exported
 from upslope.collect.experience import DemonstrationConfig, PairConfig
 from upslope.collect.given_data import RecordedConfig, SegmentPairsConfig
@@ -87,6 +87,12 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "RLOO": {"algorithm": RLOO(), "experience": COMPLETIONS},
     "GRPO": {"algorithm": GRPO(), "experience": COMPLETIONS},
     "PPO": {"algorithm": PPO(minibatches=1), "experience": COMPLETIONS, "model": WITH_VALUE_HEAD},
+    "A2C": {"algorithm": A2C(gamma=1.0), "experience": COMPLETIONS, "model": WITH_VALUE_HEAD},
+    "VTraceActorCritic": {
+        "algorithm": VTraceActorCritic(gamma=1.0),
+        "experience": COMPLETIONS,
+        "model": WITH_VALUE_HEAD,
+    },
     "TRPO": {"algorithm": TRPO(gamma=1.0, psi="reward_to_go"), **NATURAL},
     "NPG": {"algorithm": NPG(gamma=1.0, psi="reward_to_go"), **NATURAL},
     "ImportanceSampled": {
@@ -199,12 +205,12 @@ def control_run(name: str, column: str, given: Given, directory: Path) -> Run:
             rollout = SegmentPairsConfig(file=file, drawn=8, length=2, pairs=4)
     elif passes.whole_episodes:
         rollout = RolloutConfig(steps=None, episodes=4, group_size=4 if passes.groups else None, **changes)
-    elif passes.traces is not None:
+    elif isinstance(passes.rule, Traces):
         rollout = RolloutConfig(steps=1)
     policy = ActorCriticConfig(
         hidden=(8,), critic=passes.critic, memory=MemoryConfig(size=8) if column == "memory" else None
     )
-    optimizer = OptimizerConfig(kind="sgd" if passes.traces is not None else "adam", learning_rate=1e-2)
+    optimizer = OptimizerConfig(kind="sgd" if isinstance(passes.rule, Traces) else "adam", learning_rate=1e-2)
     return Run(
         environment=environment,
         policy=policy,

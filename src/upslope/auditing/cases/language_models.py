@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from upslope.algorithms import GRPO, PPO, RLOO, Algorithm, ReferenceKL, Reinforce
+from upslope.algorithms import A2C, GRPO, PPO, RLOO, Algorithm, ReferenceKL, Reinforce, VTraceActorCritic
 from upslope.auditing.audit import audit
 from upslope.auditing.cases.case import Case
 from upslope.auditing.declared import Circumstances
@@ -51,6 +51,10 @@ def cases() -> Iterator[Case]:
     one = PPO(gamma=1.0, normalize_advantage=False, epochs=1, minibatches=1, value_coefficient=0.0)
     yield _case("one completion a batch, exact critic", one)
     yield _case("one completion a batch, k1 in the reward", replace(one, reference_kl=_IN_REWARD))
+    yield _case("one completion a batch, exact critic", A2C(gamma=1.0, value_coefficient=0.0))
+    corrected_steps = VTraceActorCritic(gamma=1.0, value_coefficient=0.0)
+    yield _case("one completion a batch, exact critic", corrected_steps)
+    yield _case("one completion a batch, another policy acted", corrected_steps, given=_STALE)
 
 
 def _case(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from upslope.algorithms import (
+    A2C,
     GRPO,
     KTO,
     NPG,
@@ -18,6 +19,7 @@ from upslope.algorithms import (
     Preference,
     Reinforce,
     RewardModel,
+    VTraceActorCritic,
 )
 from upslope.collect.experience import CompletionConfig, DemonstrationConfig, PairConfig
 from upslope.collect.rewards.http import OUTAGE
@@ -53,17 +55,31 @@ TaskSettings: TypeAlias = Addition | ThinkOrBlurt | Countdown | Calculator | Rea
 """The tasks a configuration file may name."""
 
 LanguageAlgorithm: TypeAlias = (
-    Reinforce | RLOO | GRPO | PPO | TRPO | NPG | ImportanceSampled | SFT | Preference | KTO | RewardModel
+    Reinforce
+    | A2C
+    | RLOO
+    | GRPO
+    | PPO
+    | TRPO
+    | NPG
+    | VTraceActorCritic
+    | ImportanceSampled
+    | SFT
+    | Preference
+    | KTO
+    | RewardModel
 )
 """The algorithms a language model may be trained by in a configuration file."""
 
 _LEARNS_FROM: Final[dict[type[Any], tuple[type[Any], ...]]] = {
     Reinforce: (CompletionConfig,),
+    A2C: (CompletionConfig,),
     RLOO: (CompletionConfig,),
     GRPO: (CompletionConfig,),
     PPO: (CompletionConfig,),
     TRPO: (CompletionConfig,),
     NPG: (CompletionConfig,),
+    VTraceActorCritic: (CompletionConfig,),
     ImportanceSampled: (CompletionConfig,),
     SFT: (DemonstrationConfig,),
     Preference: (PairConfig,),
