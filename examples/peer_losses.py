@@ -22,7 +22,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from upslope.auditing.following import LossAudit, audit_loss
+from upslope.auditing.loss_audit import LossAudit, audit_loss
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.tokens import TokenSetting
 from upslope.exact import TokenMDP, problem

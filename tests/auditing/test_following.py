@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from upslope.auditing import following as module
+from upslope.auditing import loss_audit as module
 from upslope.auditing.candidates import Candidate, candidates_of, single
-from upslope.auditing.following import Following, audit_loss, what_it_follows
+from upslope.auditing.following import Following, what_it_follows
+from upslope.auditing.loss_audit import audit_loss
 from upslope.auditing.moments import Moments, sampled_moments
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.tokens import TokenSetting

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from upslope.auditing.following import LossAudit, audit_loss
+from upslope.auditing.loss_audit import LossAudit, audit_loss
 from upslope.auditing.setting import FiniteSetting
 from upslope.auditing.tokens import TokenSetting
 from upslope.exact import enumerate_completions, token_gradient
