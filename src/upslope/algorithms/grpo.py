@@ -142,7 +142,7 @@ class GRPO(Undiscounted, Stateless):
             critic=False,
             whole_episodes=True,
             reference=self.reference_kl.needs,
-            proximal=self.anchored,
+            proximal="loss" if self.anchored else "none",
             groups=True,
             whole_rows=one_per_row or self.reference_kl.needs == "distribution",
         )

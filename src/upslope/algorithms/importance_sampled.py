@@ -83,7 +83,7 @@ class ImportanceSampled(Stateless):
     @property
     def passes(self) -> Passes:
         """One step on whole episodes, with the learner's own log-probs of what was done."""
-        return Passes(critic=self.baseline == "critic", whole_episodes=True, proximal_in_advantage=True)
+        return Passes(critic=self.baseline == "critic", whole_episodes=True, proximal="advantage")
 
     @property
     def target(self) -> Target:

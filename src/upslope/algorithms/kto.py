@@ -60,8 +60,7 @@ class KTO(Undiscounted, Stateless):
             critic=False,
             whole_episodes=True,
             reference="log_prob",
-            proximal=True,
-            proximal_in_prepare=True,
+            proximal="prepare",
             whole_rows=True,
         )
 

@@ -128,8 +128,7 @@ class PPO:
             target_kl=self.target_kl,
             kl_stop=self.kl_stop,
             reference=self.reference_kl.needs,
-            proximal=self.stale.anchor == "proximal",
-            proximal_in_advantage=self.stale.corrects_advantage,
+            proximal=self.stale.needs,
         )
 
     @property

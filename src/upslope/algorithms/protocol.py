@@ -137,19 +137,18 @@ class Passes:
         recompute_advantage: compute Psi anew, with the current critic, before each pass after the first.
         target_kl: stop the update when the estimated KL(old || new) passes it; None never stops.
         reference: what of the frozen reference policy the algorithm needs: nothing, f_t, or its distributions.
-        proximal: whether the loss needs p_t of the learner itself, as the sampler's log-probs may differ from it.
+        proximal: from where on p_t is needed, the log-probs of the learner itself before the update, as those of who
+            acted may differ: in Psi (`Trajectory.proximal_log_prob`), in `prepare`, or in the loss alone, where an
+            update's only step has none, as they are those of the policy as it is.
         together: consecutive rows that no minibatch and no micro-batch may part (2 for pairs).
         groups: whether Psi compares the rows of a group, so that each needs two rows at least.
         whole_rows: whether the loss looks at whole rows [B, T] (one ratio per sequence), for any policy.
-        proximal_in_advantage: whether Psi needs p_t, the learner's before the update (`Trajectory.proximal_log_prob`).
-        proximal_in_prepare: whether p_t is needed before the step, so that it is there in an update's only one too.
         values_first: whether Psi needs the critic's values before the update, where there is a critic.
         kl_stop: "before_step" looks at each minibatch and stops before its step beyond 1.5 target_kl; "after_epoch"
             looks at the last minibatch of each pass and stops beyond target_kl.
         behaviour_log_prob: whether Psi, `prepare` or the loss reads b_t. Where it is False, b_t may be left out (NaN).
-        traces: every step moves the parameters along eligibility traces; None for an optimiser's steps on the loss.
-        natural: the actor's only step is a natural one, and the critic is fitted apart; None for an optimiser's steps
-            on the loss of both.
+        rule: what moves the parameters: one natural step of the actor, with the critic fitted apart, or eligibility
+            traces at every step; None for an optimiser's steps on the loss.
     """
 
     epochs: int = 1
@@ -161,16 +160,13 @@ class Passes:
     target_kl: float | None = None
     kl_stop: Literal["before_step", "after_epoch"] = "before_step"
     reference: Literal["none", "log_prob", "distribution"] = "none"
-    proximal: bool = False
+    proximal: Literal["none", "loss", "prepare", "advantage"] = "none"
     together: int = 1
     groups: bool = False
     whole_rows: bool = False
-    proximal_in_advantage: bool = False
-    proximal_in_prepare: bool = False
     values_first: bool = True
     behaviour_log_prob: bool = True
-    traces: Traces | None = None
-    natural: NaturalStep | None = None
+    rule: NaturalStep | Traces | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,6 +56,13 @@ class StaleData:
         """Whether Psi needs the learner's own log-probs."""
         return self.advantage == "vtrace"
 
+    @property
+    def needs(self) -> Literal["none", "loss", "advantage"]:
+        """Where the learner's own log-probs before the update are needed."""
+        if self.corrects_advantage:
+            return "advantage"
+        return "loss" if self.anchor == "proximal" else "none"
+
     def old_log_prob(self, batch: Batch, log_prob: Tensor) -> Tensor:
         """What the ratio is taken to: b, or p, which in an update's only step is l itself."""
         if self.anchor == "behaviour":

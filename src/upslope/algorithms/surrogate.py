@@ -91,9 +91,7 @@ class NaturalAscent(Stateless):
     def _passes(self, step: NaturalStep) -> Passes:
         """One natural step on the whole batch; then the critic's passes."""
         without_critic = self.psi != "gae"
-        return Passes(
-            critic=not without_critic, whole_episodes=without_critic, groups=self.psi == "group", natural=step
-        )
+        return Passes(critic=not without_critic, whole_episodes=without_critic, groups=self.psi == "group", rule=step)
 
     @property
     def target(self) -> Target:

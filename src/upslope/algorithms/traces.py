@@ -46,7 +46,7 @@ class TDLambda(Stateless):
     def passes(self) -> Passes:
         """One update per step, of the critic alone; alpha_w is the run's learning rate."""
         traces = Traces(discount=self.gamma, critic_decay=self.gamma * self.trace_decay, actor_decay=None)
-        return Passes(traces=traces, behaviour_log_prob=False)
+        return Passes(rule=traces, behaviour_log_prob=False)
 
     @property
     def target(self) -> Target:
@@ -122,7 +122,7 @@ class ActorCriticLambda:
     def passes(self) -> Passes:
         """One update per step of each environment."""
         return Passes(
-            traces=Traces(
+            rule=Traces(
                 discount=self.gamma,
                 actor_decay=self.gamma * self.actor_trace_decay,
                 critic_decay=self.gamma * self.critic_trace_decay,

@@ -64,7 +64,7 @@ class VTraceActorCritic(Stateless):
     @property
     def passes(self) -> Passes:
         """One step on each fragment, with the learner's own log-probs of what was done."""
-        return Passes(proximal_in_advantage=True)
+        return Passes(proximal="advantage")
 
     @property
     def target(self) -> Target:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from upslope.algorithms import Algorithm
+from upslope.algorithms import Algorithm, Traces
 from upslope.auditing.checks import check_numbers, checked_algorithm
 from upslope.auditing.declared import Circumstances, claim_of
 from upslope.auditing.ground import AlgorithmSetting, BatchShape, Ground, Problem, setting_of
@@ -95,6 +95,6 @@ def _source(algorithm: Algorithm, setting: AlgorithmSetting, seed: int) -> Sourc
     elif isinstance(setting, FiniteSetting) and algorithm.target.gradient == "average_reward":
         with torch.no_grad():
             state = {**state, "average_reward": float(solve(setting.mdp, setting.policy).objective)}
-    if algorithm.passes.traces is not None:
+    if isinstance(algorithm.passes.rule, Traces):
         return TraceSource(algorithm, state=state)
     return AlgorithmSource(algorithm, seed=seed, reference=reference, state=state)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from upslope.algorithms import Algorithm, Condition, Target
+from upslope.algorithms import Algorithm, Condition, Target, Traces
 from upslope.auditing.setting import Behaviour, Critic, Unit
 
 _BROKEN: dict[Condition, str] = {
@@ -155,5 +155,5 @@ def put_to_the_test(target: Target, *, limit: int) -> Iterator[Circumstances]:
 def unit_of(algorithm: Algorithm) -> Unit:
     """What rows the algorithm learns from."""
     passes = algorithm.passes
-    whole = passes.traces is not None and algorithm.target.gradient != "average_reward"
+    whole = isinstance(passes.rule, Traces) and algorithm.target.gradient != "average_reward"
     return "episodes" if passes.whole_episodes or whole else "fragments"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upslope.algorithms import Algorithm, Now
+from upslope.algorithms import Algorithm, Now, Traces
 from upslope.algorithms.protocol import State
 from upslope.streams import Purpose, stream
 from upslope.train.step import learn
@@ -136,8 +136,8 @@ class TraceSource:
         others = [p for p in _module(policy).parameters() if p.requires_grad and id(p) not in own]
         self.follow(TraceLearner(policy, self.algorithm, recorder, actor=parameters, critic=others), trajectory)
         total = torch.stack(recorder.ascents).sum(0)
-        rule = self.algorithm.passes.traces
-        assert rule is not None
+        rule = self.algorithm.passes.rule
+        assert isinstance(rule, Traces)
         return total if rule.average_reward_ratio is None else total / trajectory.shape[1]
 
     def follow(self, learner: TraceLearner, trajectory: Trajectory) -> None:

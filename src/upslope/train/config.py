@@ -307,7 +307,7 @@ def check_experience(run: Run) -> None:
     if isinstance(rollout, RolloutConfig):
         _check_acting(run, rollout)
         return
-    if run.weighs_recorded and passes.proximal_in_advantage:
+    if run.weighs_recorded and passes.proximal == "advantage":
         _check_weighed(run)
         return
     paired = passes.together > 1 or isinstance(run.algorithm, KTO)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from upslope.algorithms.protocol import Now, scheduled
+from upslope.algorithms.protocol import Now, Traces, scheduled
 from upslope.collect import EnvironmentFailureError, NonFiniteError
 from upslope.collect.sealing import with_log_prob
 from upslope.collect.vector import VectorEnvironment
@@ -85,7 +85,7 @@ class ControlSession:
         optimizer = FlatOptimizer(self.policy, run.optimizer)
         self.hold = Hold(self.policy, optimizer, run.critic_first)
         self.learner = learner_of(self.policy, run.algorithm, optimizer)
-        watched = run.log.diagnose_every and run.algorithm.passes.traces is None
+        watched = run.log.diagnose_every and not isinstance(run.algorithm.passes.rule, Traces)
         self.meter = Meter(*_actor_gradient(self.policy, optimizer)) if watched else None
         self.most_entropy = _most_entropy(environments.action_space)
         self.collector = build_experience(run, environments, self.policy)

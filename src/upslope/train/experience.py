@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from upslope.algorithms.protocol import Traces
 from upslope.collect import EnvironmentCollector
 from upslope.collect.given_data import RecordedConfig, SegmentPairsConfig
 from upslope.collect.groups import GroupCollector
@@ -95,7 +96,7 @@ def leaves_log_prob_out(run: Run, policy: Policy) -> bool:
     rollout = run.rollout
     if not isinstance(rollout, RolloutConfig) or rollout.steps is None or run.algorithm.passes.behaviour_log_prob:
         return False
-    return run.algorithm.passes.traces is not None or (rollout.batches == 1 and not policy.sequential)
+    return isinstance(run.algorithm.passes.rule, Traces) or (rollout.batches == 1 and not policy.sequential)
 
 
 def _segment_pairs(

@@ -6,7 +6,7 @@ from typing import Protocol, final
 
 import numpy as np
 
-from upslope.algorithms.protocol import Algorithm, Now
+from upslope.algorithms.protocol import Algorithm, Now, Traces
 from upslope.diagnostics import Meter
 from upslope.policies import ActorCritic
 from upslope.train.optimizer import FlatOptimizer
@@ -90,11 +90,11 @@ def learner_of(policy: ActorCritic, algorithm: Algorithm, optimizer: FlatOptimiz
 
     Where the critic alone learns, what it shares with the actor stays as it is.
     """
-    traces = algorithm.passes.traces
-    if traces is None:
+    rule = algorithm.passes.rule
+    if not isinstance(rule, Traces):
         return GradientLearner(policy, algorithm, optimizer)
     parts = actor_and_critic(policy)
-    if traces.actor_decay is None:
+    if rule.actor_decay is None:
         for_actions = {id(parameter) for parameter in parts["actor"]}
         parts["critic"] = [parameter for parameter in parts["critic"] if id(parameter) not in for_actions]
     return TraceLearner(policy, algorithm, optimizer, **parts)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Algorithm, Now
+from upslope.algorithms.protocol import Algorithm, NaturalStep, Now
 from upslope.estimators import (
     LineSearch,
     backtracking_line_search,
@@ -68,8 +68,8 @@ def natural_update(
     Returns:
         The norm of the gradient, and the metrics of the step and of the fit.
     """
-    settings = algorithm.passes.natural
-    assert settings is not None
+    settings = algorithm.passes.rule
+    assert isinstance(settings, NaturalStep)
     parts = split(policy, first, optimizer.parameters)
     update = NaturalUpdate(policy, algorithm, parts.actor, list(pieces(batch)), now)
     norm = optimizer.step_by(update.take)
@@ -136,8 +136,8 @@ class NaturalUpdate:
     def __init__(
         self, policy: Policy, algorithm: Algorithm, actor: Sequence[Tensor], pieces: Sequence[Batch], now: Now
     ) -> None:
-        natural = algorithm.passes.natural
-        assert natural is not None
+        natural = algorithm.passes.rule
+        assert isinstance(natural, NaturalStep)
         self._policy, self._algorithm, self._settings, self._now = policy, algorithm, natural, now
         self._actor, self._pieces = tuple(actor), pieces
         self._steps = sum(int(piece.mask.sum()) for piece in pieces)

@@ -7,6 +7,8 @@ from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from upslope.algorithms.protocol import NaturalStep, Traces
+
 MOST_THREADS = 1024
 
 START = "start"
@@ -71,7 +73,7 @@ def check_threads(threads: int) -> None:
 def check_endless(run: Any) -> None:
     """Refuse traces that would not be followed step by step, and what has no meaning in a task without end."""
     name, algorithm, passes = type(run.algorithm).__name__, run.algorithm, run.algorithm.passes
-    if passes.traces is not None:
+    if isinstance(passes.rule, Traces):
         if getattr(run.rollout, "steps", None) != 1:
             raise ValueError(
                 f"{name} learns online, at every step: set rollout.steps to 1 and rollout.episodes to None"
@@ -109,7 +111,7 @@ def check_endless(run: Any) -> None:
 
 def check_natural(run: Any) -> None:
     """Refuse what would move an actor whose only step is a natural one."""
-    if run.algorithm.passes.natural is not None and run.optimizer.weight_decay:
+    if isinstance(run.algorithm.passes.rule, NaturalStep) and run.optimizer.weight_decay:
         raise ValueError(
             f"the optimiser fits the critic of {type(run.algorithm).__name__}, and its weight_decay would move the "
             "actor, too, outside the trust region: set optimizer.weight_decay to 0"
@@ -124,7 +126,7 @@ def check_beginning(run: Any) -> None:
         raise ValueError(f"{name} as configured has no reference: set reference to None, or a KL coefficient above 0")
     if run.critic_first and not passes.critic:
         raise ValueError(f"{name} as configured has no critic to train alone: set critic_first to 0")
-    if run.critic_first and not (passes.natural is None and passes.traces is None):
+    if run.critic_first and passes.rule is not None:
         raise ValueError(f"critic_first holds an optimiser's gradient, and {name} moves the actor without: set it to 0")
     if run.shaping is not None:
         check_numbers(run.shaping)

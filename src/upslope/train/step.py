@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upslope.algorithms.protocol import Algorithm, Now, Passes, State
+from upslope.algorithms.protocol import Algorithm, NaturalStep, Now, Passes, State
 from upslope.diagnostics import Meter, explained_variance
 from upslope.errors import UsageError
 from upslope.estimators import k3
@@ -146,9 +146,10 @@ def _move(
     generator: np.random.Generator,
 ) -> tuple[float, dict[str, float]]:
     """Use the gradient that lies in the parameters: the optimiser's step, or a natural one. Its norm and metrics."""
-    if passes.natural is None:
+    rule = passes.rule
+    if not isinstance(rule, NaturalStep):
         return optimizer.step(learning_rate), {}
-    cut = replace(passes, minibatches=min(passes.natural.critic_minibatches, len(minibatch.mask)))
+    cut = replace(passes, minibatches=min(rule.critic_minibatches, len(minibatch.mask)))
     return natural_update(
         policy,
         algorithm,
@@ -205,7 +206,7 @@ def _referenced(passes: Passes, trajectory: Trajectory, reference: Policy | None
 
 def _anchored(policy: Policy, passes: Passes, trajectory: Trajectory) -> Trajectory:
     """The trajectory with p_t, of the policy before the update, where Psi needs it."""
-    if not passes.proximal_in_advantage:
+    if passes.proximal != "advantage":
         return trajectory
     with torch.no_grad():
         return replace(trajectory, proximal_log_prob=policy.evaluate(trajectory).log_prob.detach())
@@ -219,7 +220,7 @@ def _seen_at_once(
     They look at the same where the update's only step is on the trajectory as it is.
     """
     once = passes.epochs * passes.minibatches == 1 and optimizer.micro_batches == 1
-    once = once and passes.natural is None and passes.critic and passes.values_first
+    once = once and not isinstance(passes.rule, NaturalStep) and passes.critic and passes.values_first
     if not once or policy.sequential or trajectory.partial_mask is not None:
         return None
     return policy.evaluate_with_next_value(trajectory)
@@ -285,7 +286,8 @@ def _batch(
 
 
 def _needs_proximal(passes: Passes) -> bool:
-    return passes.proximal_in_prepare or (passes.proximal and passes.epochs * passes.minibatches > 1)
+    several = passes.epochs * passes.minibatches > 1
+    return passes.proximal == "prepare" or (passes.proximal == "loss" and several)
 
 
 def _signal_like(batch: Batch, trajectory: Trajectory, signal: Signal) -> dict[str, Tensor | None]:

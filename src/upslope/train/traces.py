@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.algorithms.average_reward import refuse_ends
-from upslope.algorithms.protocol import Algorithm, Now
+from upslope.algorithms.protocol import Algorithm, Now, Traces
 from upslope.diagnostics import Meter
 from upslope.estimators import (
     accumulate_trace,
@@ -51,7 +51,7 @@ class TraceLearner:
     Args:
         policy: whose parameters are moved, through the optimiser that holds them. What a policy with memory carries
             into a step counts as given there: no gradient goes back through it.
-        algorithm: with `passes.traces`.
+        algorithm: with traces for the rule of its passes.
         optimizer: takes the steps, downhill of minus the update.
         actor: those of the optimiser's parameters that log pi may depend on.
         critic: those that V may depend on.
@@ -69,8 +69,8 @@ class TraceLearner:
         actor: Sequence[nn.Parameter],
         critic: Sequence[nn.Parameter],
     ) -> None:
-        rule = algorithm.passes.traces
-        if rule is None:
+        rule = algorithm.passes.rule
+        if not isinstance(rule, Traces):
             raise ValueError(f"{type(algorithm).__name__} declares no traces in its passes")
         self._policy, self._algorithm, self._optimizer, self._rule = policy, algorithm, optimizer, rule
         self._critic = _Trace(critic, decay=rule.critic_decay)
