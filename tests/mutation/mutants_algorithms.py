@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness import Mutant
 
-TRAJECTORY, STEP = "upslope.trajectory", "upslope.train.step"
+TRAJECTORY, STEP, OPTIMIZER_STEPS = "upslope.trajectory", "upslope.train.step", "upslope.train.optimizer_steps"
 ROLLOUT, SEALING = "upslope.collect.rollout", "upslope.collect.sealing"
 BATCHES = "upslope.train.batches"
 REINFORCE, ACTOR_CRITIC = "upslope.algorithms.reinforce", "upslope.algorithms.actor_critic"
@@ -362,7 +362,7 @@ IN_PPO = (
 IN_STEP = (
     Mutant(
         "weights per micro-batch",
-        STEP,
+        OPTIMIZER_STEPS,
         "        loss.value.backward()",
         "        (loss.value / piece.share).backward()",
         "each piece divides by its own steps",
@@ -423,8 +423,8 @@ IN_STEP = (
     ),
     Mutant(
         "gradients pile up",
-        STEP,
-        "    optimizer.zero_gradient()\n",
+        OPTIMIZER_STEPS,
+        "        self.optimizer.zero_gradient()\n",
         "",
         "the gradient of the step before is still there",
         ("drawn: four minibatches",),

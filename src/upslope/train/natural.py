@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,10 +30,8 @@ from upslope.estimators import (
 )
 from upslope.policies import ActorCritic
 from upslope.policies.fused_fisher import closed_form_product
+from upslope.train.stepper import Stepper
 from upslope.trajectory import Batch, Distribution, Policy
-
-if TYPE_CHECKING:
-    from upslope.train.step import Stepper
 
 Product = Callable[[Tensor], Tensor]
 """v -> F v, flat."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,36 +11,10 @@ from torch import Tensor
 from upslope.algorithms.protocol import Algorithm, NaturalStep, Now, Passes, State
 from upslope.diagnostics import Meter, explained_variance
 from upslope.errors import UsageError
-from upslope.estimators import k3
-from upslope.train.batches import chosen_steps, cut_minibatches, micro_batches, select_units
-from upslope.train.natural import natural_update
+from upslope.train.batches import chosen_steps
+from upslope.train.optimizer_steps import OptimizerSteps, Totals
+from upslope.train.stepper import Stepper
 from upslope.trajectory import Batch, Evaluation, Policy, Signal, Trajectory
-
-
-class Stepper(Protocol):
-    """Who moves the parameters by the gradients that lie in them."""
-
-    @property
-    def micro_batches(self) -> int:
-        """Pieces per optimiser step; does not change the gradient."""
-        ...
-
-    def zero_gradient(self) -> None:
-        """Clear the gradient before the backward passes of one step."""
-        ...
-
-    def step(self, learning_rate: float) -> float:
-        """Use the gradient; returns its norm."""
-        ...
-
-    @property
-    def parameters(self) -> Sequence[Tensor]:
-        """What it moves."""
-        ...
-
-    def step_by(self, move: Callable[[], None]) -> float:
-        """Let `move` move the parameters by the gradient, without any moments or clipping; returns its norm."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,61 +77,20 @@ def learn(
         meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, passes=passes)
     advantage = signal.advantage
     batch = _batch(policy, passes, trajectory, value, signal, reference, rows=seen is not None)
-    totals = _Totals(measure_mismatch=policy.sequential and _sampled(batch))
-    of_step: dict[str, float] = {}
+    totals = Totals(measure_mismatch=policy.sequential and _sampled(batch))
+    steps = OptimizerSteps(policy, algorithm, optimizer, passes, now, learning_rate, generator, meter, seen, totals)
     for epoch in range(passes.epochs):
         if epoch and passes.recompute_advantage:
             value, _, signal = _signal(policy, algorithm, trajectory, now)
             batch = replace(batch, **_signal_like(batch, trajectory, signal))
-        going = True
-        for minibatch in cut_minibatches(batch, passes, generator):
-            if not bool(minibatch.mask.any()):
-                continue
-            minibatch = algorithm.prepare(minibatch) if seen else _prepared(policy, algorithm, minibatch)
-            _differentiate(policy, algorithm, optimizer, minibatch, now, totals, meter, seen)
-            if meter is not None:
-                meter.differentiated(minibatch, epoch)
-            going = not (passes.kl_stop == "before_step" and totals.kl_beyond(passes.target_kl, 1.5))
-            if not going:
-                break
-            norm, of_step = _move(policy, algorithm, optimizer, minibatch, passes, now, learning_rate, generator)
-            totals.add_norm(norm)
-        if not going or (passes.kl_stop == "after_epoch" and totals.kl_beyond(passes.target_kl)):
+        if not steps.over(batch, epoch):
             break
-    metrics = {**totals.means(), **of_step, **{name: float(metric) for name, metric in signal.metrics.items()}}
+    metrics = totals.metrics() | {name: float(metric) for name, metric in signal.metrics.items()}
     metrics |= _afterwards(policy, trajectory, batch, value, signal)
     state = algorithm.adapt(now.state, metrics)
     if meter is not None:
         metrics.update(meter.end(policy, moved="kl" not in metrics))
     return Learned(state=state, metrics=metrics, advantage=advantage)
-
-
-def _move(
-    policy: Policy,
-    algorithm: Algorithm,
-    optimizer: Stepper,
-    minibatch: Batch,
-    passes: Passes,
-    now: Now,
-    learning_rate: float,
-    generator: np.random.Generator,
-) -> tuple[float, dict[str, float]]:
-    """Use the gradient that lies in the parameters: the optimiser's step, or a natural one. Its norm and metrics."""
-    rule = passes.rule
-    if not isinstance(rule, NaturalStep):
-        return optimizer.step(learning_rate), {}
-    cut = replace(passes, minibatches=min(rule.critic_minibatches, len(minibatch.mask)))
-    return natural_update(
-        policy,
-        algorithm,
-        optimizer,
-        minibatch,
-        now,
-        learning_rate=learning_rate,
-        first=select_units(minibatch, slice(0, 1)),
-        pieces=partial(micro_batches, parts=optimizer.micro_batches, together=passes.together),
-        minibatches=partial(cut_minibatches, passes=cut, generator=generator),
-    )
 
 
 def _afterwards(
@@ -301,87 +231,6 @@ def _signal_like(batch: Batch, trajectory: Trajectory, signal: Signal) -> dict[s
     }
 
 
-def _prepared(policy: Policy, algorithm: Algorithm, minibatch: Batch) -> Batch:
-    """Weights and advantages of one optimiser step; rows stay whole only where the policy or the loss needs them."""
-    minibatch = algorithm.prepare(minibatch)
-    rows = policy.sequential or algorithm.passes.whole_rows
-    return chosen_steps(minibatch) if minibatch.mask.dim() > 1 and not rows else minibatch
-
-
-def _differentiate(
-    policy: Policy,
-    algorithm: Algorithm,
-    optimizer: Stepper,
-    minibatch: Batch,
-    now: Now,
-    totals: _Totals,
-    meter: Meter | None,
-    seen: tuple[Evaluation, Tensor] | None,
-) -> None:
-    """Leave the gradient of one optimiser step where the optimiser looks for it."""
-    optimizer.zero_gradient()
-    metrics: dict[str, Tensor] = {}
-    for piece in micro_batches(minibatch, optimizer.micro_batches, algorithm.passes.together):
-        evaluation = policy.evaluate(piece) if seen is None else seen[0]
-        if totals.measure_mismatch:
-            apart = _mismatch(piece, evaluation.log_prob)
-            metrics["mismatch"] = torch.maximum(metrics["mismatch"], apart) if "mismatch" in metrics else apart
-        if meter is not None:
-            meter.evaluated(piece, evaluation)
-        loss = algorithm.loss(piece, evaluation, now)
-        for name, part_of_it in loss.metrics.items():
-            metrics[name] = metrics[name] + part_of_it if name in metrics else part_of_it
-        if algorithm.passes.target_kl is not None and "kl" not in loss.metrics:
-            metrics["kl"] = metrics.get("kl", 0.0) + _kl(piece, evaluation.log_prob)
-        loss.value.backward()
-    totals.add(metrics)
-
-
-@torch.no_grad()
-def _kl(piece: Batch, log_prob: Tensor) -> Tensor:
-    """What these steps bring to the k3 estimate of KL(old || new), for losses that stop at one and do not report it."""
-    estimate = k3(piece.behaviour_log_prob, log_prob)[piece.mask]
-    return estimate.sum() * (piece.share / max(estimate.numel(), 1))
-
-
 def _sampled(batch: Batch) -> bool:
     """Whether a policy sampled these actions: of data that nobody sampled the log-prob is NaN."""
     return bool(batch.behaviour_log_prob[batch.mask].isfinite().all())
-
-
-@torch.no_grad()
-def _mismatch(piece: Batch, log_prob: Tensor) -> Tensor:
-    """max |l - b|: how far what generated and what learns are apart before anything moved."""
-    return torch.where(piece.mask, log_prob - piece.behaviour_log_prob, 0.0).abs().max()
-
-
-class _Totals:
-    """Metrics of the optimiser steps of one update, turned into numbers once at the end."""
-
-    def __init__(self, *, measure_mismatch: bool) -> None:
-        self.measure_mismatch = measure_mismatch
-        self._steps: list[dict[str, Tensor]] = []
-        self._norms: list[float] = []
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        self.measure_mismatch = False
-        self._steps.append(metrics)
-
-    def add_norm(self, norm: float) -> None:
-        self._norms.append(norm)
-
-    def kl_beyond(self, target: float | None, factor: float = 1.0) -> bool:
-        return target is not None and bool(self._steps) and float(self._steps[-1]["kl"]) > factor * target
-
-    def means(self) -> dict[str, float]:
-        """Of each metric over the steps that report it."""
-        values = [value for step in self._steps for value in step.values()]
-        numbers = iter(torch.stack(values).tolist() if values else ())
-        found: dict[str, list[float]] = {}
-        for step in self._steps:
-            for name in step:
-                found.setdefault(name, []).append(next(numbers))
-        metrics = {name: sum(of_steps) / len(of_steps) for name, of_steps in found.items()}
-        metrics["gradient_norm"] = sum(self._norms) / len(self._norms) if self._norms else 0.0
-        metrics["optimizer_steps"] = float(len(self._norms))
-        return metrics

@@ -28,7 +28,8 @@ from upslope.estimators import (
 )
 from upslope.policies import ActorCritic
 from upslope.policies.fused import ROW_GRADIENTS
-from upslope.train.step import Learned, Stepper
+from upslope.train.step import Learned
+from upslope.train.stepper import Stepper
 from upslope.trajectory import Evaluation, Policy, Trajectory, Tree
 
 
