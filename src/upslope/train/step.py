@@ -70,8 +70,8 @@ def learn(
         return Learned(state=now.state, metrics=idle, advantage=torch.zeros_like(trajectory.reward))
     passes = _fitting(policy, algorithm.passes, trajectory)
     trajectory = _referenced(passes, trajectory, reference)
-    trajectory = _anchored(policy, passes, trajectory)
     seen = _seen_at_once(policy, passes, optimizer, trajectory)
+    trajectory = _anchored(policy, passes, trajectory, seen)
     value, next_value, signal = _signal(policy, algorithm, trajectory, now, seen)
     if meter is not None:
         meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, passes=passes)
@@ -134,12 +134,15 @@ def _referenced(passes: Passes, trajectory: Trajectory, reference: Policy | None
         return replace(trajectory, reference_log_prob=reference.evaluate(trajectory).log_prob.detach())
 
 
-def _anchored(policy: Policy, passes: Passes, trajectory: Trajectory) -> Trajectory:
+def _anchored(
+    policy: Policy, passes: Passes, trajectory: Trajectory, seen: tuple[Evaluation, Tensor] | None
+) -> Trajectory:
     """The trajectory with p_t, of the policy before the update, where Psi needs it."""
     if passes.proximal != "advantage":
         return trajectory
     with torch.no_grad():
-        return replace(trajectory, proximal_log_prob=policy.evaluate(trajectory).log_prob.detach())
+        evaluation = policy.evaluate(trajectory) if seen is None else seen[0]
+        return replace(trajectory, proximal_log_prob=evaluation.log_prob.detach())
 
 
 def _seen_at_once(
