@@ -7,6 +7,7 @@ of processes all draw the same numbers, and no checkpoint has to hold a generato
 from __future__ import annotations
 
 from enum import IntEnum, unique
+from typing import Protocol, final
 
 import numpy as np
 import torch
@@ -58,6 +59,34 @@ def stream(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:
         ValueError: if the seed or an index is negative.
     """
     return np.random.Generator(np.random.Philox(_sequence(seed, purpose, indices)))
+
+
+class Shuffler(Protocol):
+    """Who draws orders: a `numpy.random.Generator`, or one that is yet to be made."""
+
+    def permutation(self, x: int, /) -> np.ndarray:
+        """0 to x - 1 in a random order."""
+        ...
+
+
+@final
+class LateStream:
+    """`stream(...)`, made when the first order is drawn: most updates of a single step draw none.
+
+    Args:
+        seed, purpose, indices: as those of `stream`.
+    """
+
+    def __init__(self, seed: int, purpose: Purpose, *indices: int) -> None:
+        self._of = seed, purpose, indices
+        self._generator: np.random.Generator | None = None
+
+    def permutation(self, x: int, /) -> np.ndarray:
+        """0 to x - 1 in a random order, the next of the stream."""
+        if self._generator is None:
+            seed, purpose, indices = self._of
+            self._generator = stream(seed, purpose, *indices)
+        return self._generator.permutation(x)
 
 
 def torch_stream(seed: int, purpose: Purpose, *indices: int) -> torch.Generator:

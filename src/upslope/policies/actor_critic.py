@@ -173,12 +173,13 @@ class ActorCritic(nn.Module):
         together = self._normalized(join_observations(observation, trajectory.final_observation))
         parameters, value = self._outputs(together)
         assert value is not None
-        log_prob, entropy = self.head.log_prob_and_entropy(parameters[:count], action)
+        parameters = parameters[:count]
+        log_prob, entropy = self.head.log_prob_and_entropy(parameters, action)
         present, final = value[:count].view(shape), value[count:].detach()
         evaluation = Evaluation(
             log_prob=log_prob.view(shape),
             entropy=entropy.view(shape),
-            distribution=HeadDistribution(self.head, parameters[:count].view(*shape, -1)),
+            distribution=HeadDistribution(self.head, parameters.view(*shape, -1)),
             value=present,
         )
         return evaluation, trajectory.next_value(present.detach(), final)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import Passes
 from upslope.errors import UsageError
+from upslope.streams import Shuffler
 from upslope.trajectory import Batch, map_observation
 
 
@@ -23,7 +23,7 @@ def chosen_steps(batch: Batch) -> Batch:
     return flat if bool(flat.mask.all()) else select_units(flat, flat.mask.nonzero().squeeze(-1))
 
 
-def cut_minibatches(batch: Batch, passes: Passes, generator: np.random.Generator) -> Iterator[Batch]:
+def cut_minibatches(batch: Batch, passes: Passes, generator: Shuffler) -> Iterator[Batch]:
     """Shuffle once per pass, then cut into parts whose sizes differ by one at most.
 
     Raises:

@@ -19,7 +19,7 @@ from upslope.diagnostics import Meter, untouched
 from upslope.errors import OffPolicyError
 from upslope.policies import ActorCritic
 from upslope.spaces import Discrete, MultiBinary, MultiDiscrete, Space, space_to_tree
-from upslope.streams import Purpose, stream, torch_stream
+from upslope.streams import LateStream, Purpose, torch_stream
 from upslope.train.acting import Acting
 from upslope.train.config import Run
 from upslope.train.experience import build_experience, leaves_log_prob_out
@@ -126,7 +126,7 @@ class ControlSession:
             seen,
             now=Now(progress=self.progress, state=self.algorithm_state),
             learning_rate=learning_rate,
-            generator=stream(run.seed, Purpose.SHUFFLE, 0, self.update),
+            generator=LateStream(run.seed, Purpose.SHUFFLE, 0, self.update),
             meter=self.meter,
             reference=self.beginning.reference,
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol, final
 
-import numpy as np
-
 from upslope.algorithms.protocol import Algorithm, Now, Traces
 from upslope.diagnostics import Meter
 from upslope.policies import ActorCritic
+from upslope.streams import Shuffler
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.step import Learned, learn
 from upslope.train.traces import TraceLearner, actor_and_critic
@@ -24,7 +23,7 @@ class Learner(Protocol):
         *,
         now: Now,
         learning_rate: float,
-        generator: np.random.Generator,
+        generator: Shuffler,
         meter: Meter | None,
         reference: Policy | None,
     ) -> Learned:
@@ -59,7 +58,7 @@ class GradientLearner:
         *,
         now: Now,
         learning_rate: float,
-        generator: np.random.Generator,
+        generator: Shuffler,
         meter: Meter | None,
         reference: Policy | None,
     ) -> Learned:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import Algorithm, NaturalStep, Now, Passes
 from upslope.diagnostics import Meter
 from upslope.estimators import k3
+from upslope.streams import Shuffler
 from upslope.train.batches import chosen_steps, cut_minibatches, micro_batches, select_units
 from upslope.train.natural import natural_update
 from upslope.train.stepper import Stepper
@@ -41,7 +41,7 @@ class OptimizerSteps:
     passes: Passes
     now: Now
     learning_rate: float
-    generator: np.random.Generator
+    generator: Shuffler
     meter: Meter | None
     seen: tuple[Evaluation, Tensor] | None
     totals: Totals

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from upslope.algorithms.protocol import Algorithm, NaturalStep, Now, Passes, State
 from upslope.diagnostics import Meter, explained_variance
 from upslope.errors import UsageError
+from upslope.streams import Shuffler
 from upslope.train.batches import chosen_steps
 from upslope.train.optimizer_steps import OptimizerSteps, Totals
 from upslope.train.stepper import Stepper
@@ -40,7 +40,7 @@ def learn(
     *,
     now: Now,
     learning_rate: float,
-    generator: np.random.Generator,
+    generator: Shuffler,
     meter: Meter | None = None,
     reference: Policy | None = None,
 ) -> Learned:

@@ -28,6 +28,7 @@ from upslope.estimators import (
 )
 from upslope.policies import ActorCritic
 from upslope.policies.fused import ROW_GRADIENTS
+from upslope.streams import Shuffler
 from upslope.train.step import Learned
 from upslope.train.stepper import Stepper
 from upslope.trajectory import Evaluation, Policy, Trajectory, Tree
@@ -84,7 +85,7 @@ class TraceLearner:
         *,
         now: Now,
         learning_rate: float,
-        generator: np.random.Generator | None = None,
+        generator: Shuffler | None = None,
         meter: Meter | None = None,
         reference: Policy | None = None,
     ) -> Learned:

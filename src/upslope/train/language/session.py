@@ -21,7 +21,7 @@ from upslope.collect.pairs import PairCollector
 from upslope.collect.text_rows import preview
 from upslope.diagnostics import Meter
 from upslope.errors import UsageError
-from upslope.streams import Purpose, stream
+from upslope.streams import LateStream, Purpose
 from upslope.train.language.completions_file import CompletionsFile
 from upslope.train.language.config import LanguageRun
 from upslope.train.language.frozen import PAIRS, Frozen, check_hashes, engine_of, on_device
@@ -108,7 +108,7 @@ class LanguageSession:
             trajectory,
             now=Now(progress=self.progress, state=self.algorithm_state),
             learning_rate=learning_rate,
-            generator=stream(run.seed, Purpose.SHUFFLE, 0, self.update),
+            generator=LateStream(run.seed, Purpose.SHUFFLE, 0, self.update),
             meter=self.meter,
             reference=self.frozen.reference,
         )
