@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upslope.policies.config import ActorCriticConfig, build_head, config_from_tree, config_to_tree, saved_space
+from upslope.policies.config import ActorCriticConfig, build_head, config_to_tree, read_policy_tree
 from upslope.policies.distributions import HeadDistribution
 from upslope.policies.masking import Masking, join_mask
 from upslope.policies.memory import CarriedMemory, PolicyMemory, build_memory, taken_up
@@ -20,11 +20,10 @@ from upslope.policies.packing import Packing, join_observations
 from upslope.policies.raw import read_observation
 from upslope.policies.sampler import ActorSampler
 from upslope.spaces import Space, space_to_tree
-from upslope.trajectory import Evaluation, Observation, Steps, Trajectory, map_observation
-from upslope.typed_tree import read_value
+from upslope.trajectory import AskedTwice, Evaluation, Observation, Steps, Trajectory, map_observation
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(AskedTwice, nn.Module):
     """A policy for any space of `upslope.spaces`, with the critic and the normalisers that belong to it.
 
     An encoder of one's own is any `nn.Module` from observations [M, ...] to features [M, features] that says how
@@ -127,7 +126,7 @@ class ActorCritic(nn.Module):
         """
         steps = self._steps(action)
         if self.memory is None:
-            observation, action = self._flat(observation, action, steps)
+            observation, action, _ = self._flat(observation, action)
             parameters = self.action_parameters(self._normalized(observation))
             return self.head.log_prob_and_entropy(parameters, action)[0].view(steps)
         lead = len(steps) - 1
@@ -148,16 +147,8 @@ class ActorCritic(nn.Module):
         """
         if self.memory is not None:
             return self._evaluate_rows(steps)
-        shape = self._steps(steps.action)
-        observation, action = self._flat(steps.observation, steps.action, shape)
-        observation = self._normalized(observation)
-        parameters, value = self._outputs(observation)
-        log_prob, entropy = self.head.log_prob_and_entropy(parameters, action)
-        if len(shape) != 1:
-            log_prob, entropy, parameters = log_prob.view(shape), entropy.view(shape), parameters.view(*shape, -1)
-            value = None if value is None else value.view(shape)
-        distribution = HeadDistribution(self.head, parameters)
-        return Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=value)
+        observation, action, shape = self._flat(steps.observation, steps.action)
+        return self._evaluation(*self._outputs(self._normalized(observation)), action, shape)
 
     def evaluate_with_next_value(self, trajectory: Trajectory) -> tuple[Evaluation, Tensor]:
         """`evaluate`, whose values are V_t, and V'_t [B, T] without gradient; without a memory in the same pass.
@@ -166,23 +157,23 @@ class ActorCritic(nn.Module):
             ValueError: if the policy has no critic.
         """
         if self.memory is not None or self.critic is None:
-            _, next_value = self.values(trajectory)
-            return self.evaluate(trajectory), next_value
-        shape, count = trajectory.shape, trajectory.reward.numel()
-        observation, action = self._flat(trajectory.observation, trajectory.action, self._steps(trajectory.action))
+            return super().evaluate_with_next_value(trajectory)
+        observation, action, shape = self._flat(trajectory.observation, trajectory.action)
         together = self._normalized(join_observations(observation, trajectory.final_observation))
         parameters, value = self._outputs(together)
         assert value is not None
-        parameters = parameters[:count]
+        present, final = value.split([shape.numel(), len(value) - shape.numel()])
+        evaluation = self._evaluation(parameters[: len(present)], present, action, shape)
+        return evaluation, trajectory.next_value(present.detach().view(shape), final.detach())
+
+    def _evaluation(self, parameters: Tensor, value: Tensor | None, action: Tensor, shape: torch.Size) -> Evaluation:
+        """Of flat steps [M], in the shape they come from."""
         log_prob, entropy = self.head.log_prob_and_entropy(parameters, action)
-        present, final = value[:count].view(shape), value[count:].detach()
-        evaluation = Evaluation(
-            log_prob=log_prob.view(shape),
-            entropy=entropy.view(shape),
-            distribution=HeadDistribution(self.head, parameters.view(*shape, -1)),
-            value=present,
-        )
-        return evaluation, trajectory.next_value(present.detach(), final)
+        if len(shape) != 1:
+            log_prob, entropy, parameters = log_prob.view(shape), entropy.view(shape), parameters.view(*shape, -1)
+            value = None if value is None else value.view(shape)
+        distribution = HeadDistribution(self.head, parameters)
+        return Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=value)
 
     def _evaluate_rows(self, steps: Steps) -> Evaluation:
         if steps.mask.dim() != 2:
@@ -245,7 +236,7 @@ class ActorCritic(nn.Module):
 
     def features(self, steps: Steps) -> Tensor:
         """[M, F] what the encoder makes of normalised observations: the input of torso or actor and critic."""
-        observation, _ = self._flat(steps.observation, steps.action, self._steps(steps.action))
+        observation, _, _ = self._flat(steps.observation, steps.action)
         return self.encoder(self.masking.seen(self._normalized(observation)))
 
     def observe(self, trajectory: Trajectory) -> None:
@@ -289,13 +280,13 @@ class ActorCritic(nn.Module):
     def _steps(self, action: Tensor) -> torch.Size:
         return action.shape[: action.ndim - self.head.action_dimensions]
 
-    @staticmethod
-    def _flat(observation: Observation, action: Tensor, steps: torch.Size) -> tuple[Observation, Tensor]:
-        lead = len(steps)
-        if lead == 1:
-            return observation, action
-        flat = map_observation(lambda t: t.reshape(-1, *t.shape[lead:]), observation)
-        return flat, action.reshape(-1, *action.shape[lead:])
+    def _flat(self, observation: Observation, action: Tensor) -> tuple[Observation, Tensor, torch.Size]:
+        """[M, ...] of each, and the shape they had."""
+        shape = self._steps(action)
+        if len(shape) == 1:
+            return observation, action, shape
+        flat = map_observation(lambda t: t.reshape(-1, *t.shape[len(shape) :]), observation)
+        return flat, action.reshape(-1, *action.shape[len(shape) :]), shape
 
     # --- acting ------------------------------------------------------------------------------------------------------
 
@@ -396,20 +387,10 @@ class ActorCritic(nn.Module):
             ValueError: naming the setting that is wrong, if the tree describes no policy; if an encoder is missing or
                 too many; or if the tensors do not fit.
         """
-        expected = {"observation_space", "action_space", "config", "own_encoder"}
-        if not isinstance(tree, Mapping) or set(tree) != expected:
-            raise ValueError(f"a policy is described by a mapping with {sorted(expected)}, got {tree!r}")
-        own = read_value(str | None, tree["own_encoder"], "own_encoder")
-        if own is not None and encoder is None:
-            raise ValueError(f"this policy was made with an encoder of its own, {own}: pass a new one as `encoder`")
-        if own is None and encoder is not None:
-            raise ValueError("this policy was made with a built-in encoder: leave `encoder` out")
         numbers = sum(tensor.numel() for tensor in tensors.values())
-        observation_space = saved_space(tree["observation_space"], "observation_space", _LARGEST_OBSERVATION)
-        action_space = saved_space(tree["action_space"], "action_space", numbers)
-        config = config_from_tree(tree["config"], numbers)
+        described = read_policy_tree(tree, numbers, encoder_given=encoder is not None)
         with torch.device("meta"):
-            policy = cls(observation_space, action_space, config, generator=None, encoder=encoder)
+            policy = cls(*described, generator=None, encoder=encoder)
         own_types = {name: tensor.dtype for name, tensor in policy.state_dict().items()}
         copies = {name: t.detach().to(own_types.get(name, t.dtype), copy=True) for name, t in tensors.items()}
         try:
@@ -417,6 +398,3 @@ class ActorCritic(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the saved tensors do not fit the policy's configuration: {error}") from error
         return policy
-
-
-_LARGEST_OBSERVATION = 1 << 28

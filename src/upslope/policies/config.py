@@ -24,7 +24,7 @@ from upslope.spaces import (
     Space,
     space_from_tree,
 )
-from upslope.typed_tree import read_fields
+from upslope.typed_tree import read_fields, read_value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +145,38 @@ def config_from_tree(tree: Mapping[str, Any], numbers: int) -> ActorCriticConfig
     if memory is not None and memory.kind == "transformer" and memory.context > numbers:
         raise ValueError(f"config.memory is {memory}, but the saved tensors hold {numbers} numbers altogether")
     return config
+
+
+_LARGEST_OBSERVATION = 1 << 28
+
+
+def read_policy_tree(
+    tree: Mapping[str, Any], numbers: int, *, encoder_given: bool
+) -> tuple[Space, Space, ActorCriticConfig]:
+    """Observation space, action space and configuration of a saved policy, with every value checked.
+
+    Args:
+        tree: of `ActorCritic.config_tree`; lists may stand for tuples.
+        numbers: how many its tensors hold.
+        encoder_given: whether the user passes an encoder to load it with.
+
+    Raises:
+        ValueError: naming what is missing, unknown, of the wrong type or too large; or if an encoder is missing or too
+            many.
+    """
+    expected = {"observation_space", "action_space", "config", "own_encoder"}
+    if not isinstance(tree, Mapping) or set(tree) != expected:
+        raise ValueError(f"a policy is described by a mapping with {sorted(expected)}, got {tree!r}")
+    own = read_value(str | None, tree["own_encoder"], "own_encoder")
+    if own is not None and not encoder_given:
+        raise ValueError(f"this policy was made with an encoder of its own, {own}: pass a new one as `encoder`")
+    if own is None and encoder_given:
+        raise ValueError("this policy was made with a built-in encoder: leave `encoder` out")
+    return (
+        saved_space(tree["observation_space"], "observation_space", _LARGEST_OBSERVATION),
+        saved_space(tree["action_space"], "action_space", numbers),
+        config_from_tree(tree["config"], numbers),
+    )
 
 
 def saved_space(tree: Mapping[str, Any], where: str, largest: int) -> Space:
