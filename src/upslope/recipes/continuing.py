@@ -47,14 +47,18 @@ def access_control_ppo() -> Run:
 
 
 def pendulum_continuing_ppo() -> Run:
-    """Average-reward PPO on a Pendulum that is never reset; judged over episodes of 1000 steps from random starts."""
+    """Average-reward PPO on a Pendulum whose task never ends; judged over 500 steps from random starts.
+
+    Every 500 steps it is started anew, which cuts the experience and does not end the task. Never started anew it stays
+    upright, and the policy forgets the swing-up.
+    """
     return Run(
         recipe="pendulum-continuing-ppo",
-        environment=EnvironmentConfig(id="Pendulum-v1", count=8, continuing=True),
+        environment=EnvironmentConfig(id="Pendulum-v1", count=8, time_limit=500),
         policy=ActorCriticConfig(normalize_observation=True),
         algorithm=AverageReward(method=PPO(gamma=1.0, gae_lambda=0.95, epochs=10, minibatches=16)),
         rollout=RolloutConfig(steps=256),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear", max_gradient_norm=None),
-        evaluation=EvaluationConfig(times=5, episodes=10, final_episodes=10, horizon=1000),
+        evaluation=EvaluationConfig(times=5, episodes=10, final_episodes=10),
         steps=300_000,
     )
