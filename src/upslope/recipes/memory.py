@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from upslope.algorithms import PPO
 from upslope.collect import EnvironmentConfig
 from upslope.policies import ActorCriticConfig, MemoryConfig
@@ -19,8 +21,9 @@ def cartpole_hidden_lstm() -> Run:
 
 
 def cartpole_hidden_transformer() -> Run:
-    """PPO with attention to the last 16 steps on CartPole-v1 without velocities."""
-    return _hidden("cartpole-hidden-transformer", MemoryConfig(kind="transformer", context=16))
+    """PPO with attention to the last 16 steps on CartPole-v1 without velocities: one memory, and twice the steps."""
+    memory = MemoryConfig(kind="transformer", context=16, shared=True)
+    return replace(_hidden("cartpole-hidden-transformer", memory), steps=200_000)
 
 
 def cartpole_hidden_memoryless() -> Run:
