@@ -33,9 +33,13 @@ def score(rewards, completions, columns=None, *, workers=1, deadline=60.0):
 
 
 def gone(process):
-    """Whether no such process runs; a dead one that nobody has reaped counts as gone."""
+    """Whether no such process runs; a dead one that nobody has reaped counts as gone, once its last thread has ended.
+
+    Until then its connections are open, though its first thread may be a zombie already.
+    """
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        dead = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return dead and len(list(Path(f"/proc/{process}/task").iterdir())) == 1
     except OSError:
         return True
 
