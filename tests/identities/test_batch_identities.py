@@ -98,7 +98,11 @@ TABLES = ("gae", "lambda_return", "n_step_return", "reward_to_go", "total_reward
 def test_no_algorithm_is_left_out() -> None:
     """One that is added shows here."""
     classes = (member for _, member in inspect.getmembers(upslope.algorithms, inspect.isclass))
-    trained = {member for member in classes if callable(getattr(member, "loss", None)) and not getattr(member, "_is_protocol", False)}
+    trained = {
+        member
+        for member in classes
+        if callable(getattr(member, "loss", None)) and not getattr(member, "_is_protocol", False)
+    }
     assert trained == {type(algorithm) for algorithm in ALGORITHMS.values()} | ON_SEQUENCES | ON_TRACES
 
 
