@@ -7,7 +7,7 @@ fragment of one environment, or one sequence. A position is one decision of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -154,7 +154,8 @@ class Batch:
         behaviour_distribution: the distributions that acted, or None unless the algorithm asked for them.
         reference_distribution: those of the frozen reference, or None unless the algorithm asked for them.
         proximal_log_prob: p_t, of the learner before the update's first step, or None unless the algorithm asked for
-            it and there are several steps (in the only one it is the log-prob itself).
+            it (`Passes.proximal`); for its loss alone where there are several steps, as in the only one it is the
+            log-prob itself.
         weight: w_t of the reduction, fixed for the whole optimiser step.
         reference_point: z, the same at every step, where a loss measures gains from a point that `prepare` fixed.
         share: the part of the optimiser step's chosen steps that is in this batch: less than 1 in a micro-batch.
@@ -310,7 +311,10 @@ class Policy(Protocol):
         ...
 
     def evaluate_with_next_value(self, trajectory: Trajectory) -> tuple[Evaluation, Tensor]:
-        """`evaluate`, whose values are V_t, and V'_t [B, T] without gradient."""
+        """`evaluate` of all steps, row after row [B * T], whose values are V_t, and V'_t [B, T] without gradient.
+
+        Asked of policies with a critic that are not sequential. `AskedTwice` does it for those that inherit it.
+        """
         ...
 
 
@@ -318,10 +322,17 @@ class AskedTwice:
     """`Policy.evaluate_with_next_value` of a policy that has no shorter way."""
 
     def evaluate_with_next_value(self: Policy, trajectory: Trajectory) -> tuple[Evaluation, Tensor]:
-        """`evaluate`, whose values are V_t, and V'_t [B, T] without gradient: one look for each."""
+        """`evaluate` of all steps, row after row [B * T], and V'_t [B, T] without gradient: one look for each."""
         with torch.no_grad():
             _, next_value = self.values(trajectory)
-        return self.evaluate(trajectory), next_value
+        steps = replace(
+            trajectory,
+            observation=map_observation(lambda tensor: tensor.flatten(0, 1), trajectory.observation),
+            action=trajectory.action.flatten(0, 1),
+            mask=trajectory.mask.flatten(),
+            time=trajectory.time.flatten(),
+        )
+        return self.evaluate(steps), next_value
 
 
 class Collector(Protocol):

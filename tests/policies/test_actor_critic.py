@@ -246,7 +246,7 @@ def test_values_bootstrap_from_the_final_observations_in_one_critic_call(space: 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_look_at_a_trajectory_says_what_two_would(space: Space, shared: bool, normalize: bool) -> None:
-    """Log-probs, entropies, values, those that follow, and the gradient: final observations bring nothing to it."""
+    """Log-probs, entropies and values row after row, and the gradient: final observations bring nothing to it."""
     policy = make(space, shared=shared, normalize_observation=normalize).double()
     data = trajectory(space, 2, 5, 3)
     if normalize:
@@ -259,13 +259,13 @@ def test_one_look_at_a_trajectory_says_what_two_would(space: Space, shared: bool
     torch.testing.assert_close(following, next_value)
     for found in (separate, together):
         assert found.value is not None
-        parts = torch.stack([found.log_prob, found.entropy, found.value])
+        parts = torch.stack([found.log_prob, found.entropy, found.value]).view(3, 2, 5)
         policy.zero_grad()
         (weight * parts).sum().backward()
         gradients.append([parameter.grad for parameter in policy.parameters() if parameter.grad is not None])
     for field in ("log_prob", "entropy", "value"):
-        torch.testing.assert_close(getattr(together, field), getattr(separate, field))
-    torch.testing.assert_close(together.distribution.parameters, separate.distribution.parameters)
+        torch.testing.assert_close(getattr(together, field), getattr(separate, field).flatten())
+    torch.testing.assert_close(together.distribution.parameters, separate.distribution.parameters.flatten(0, 1))
     torch.testing.assert_close(gradients[1], gradients[0])
 
 

@@ -21,6 +21,7 @@ from upslope import A2C, PPO, CheckpointConfig, LogConfig, OptimizerConfig, Run
 from upslope.train import Snapshot, resume, train
 from upslope.train.checkpoint import latest_checkpoint
 from upslope.train.log import read_metrics
+from upslope.train.optimizer import FlatOptimizer
 from upslope.train.session import ResumeError
 
 CASES = ["reinforce", "baseline", "one_step", "a2c", "ppo", "ppo_kl", "pendulum", "hopper", "lunarlander", "traces"]
@@ -224,6 +225,18 @@ def test_a_changed_action_space_is_refused_and_nothing_is_touched(unfinished: Ru
         resume(path, environments=ThreeActions)
     after = {place: place.read_bytes() for place in path.rglob("*") if place.is_file() and place.name != ".lock"}
     assert after == before
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, state = tiny(tmp_path), FlatOptimizer.state
+    with monkeypatch.context() as earlier:
+        earlier.setattr(FlatOptimizer, "state", lambda self: {k: v for k, v in state(self).items() if k != "unmoved"})
+        with pytest.raises(PulledPlugError):
+            train(run, callbacks=[pull_plug_at(7)])
+    with pytest.raises(ResumeError, match=r"has no 'unmoved': it is of an earlier version.*start a new run"):
+        resume(run.directory / "run")
 
 
 def test_metrics_of_a_resumed_run_have_no_gap_and_no_repetition(unfinished: Run) -> None:

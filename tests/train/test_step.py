@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from upslope.algorithms import A2C, PPO, Algorithm, Loss, Now, OneStepActorCritic, Passes, Reinforce
 from upslope.diagnostics import Meter
-from upslope.estimators import step_mean, weighted_sum
+from upslope.estimators import step_mean, trajectory_sum, weighted_sum
 from upslope.train.config import OptimizerConfig
 from upslope.train.optimizer import FlatOptimizer
 from upslope.train.step import Learned, explained_variance, learn
@@ -152,11 +152,21 @@ ALGORITHMS = [
 ]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+class Summed(A2C):
+    """A2C whose weights go by the shape of the batch: all steps of a row together, or each on its own."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        return replace(batch, weight=trajectory_sum(batch.mask, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, pytest.param(Summed(), id="summed")])
 @pytest.mark.parametrize("micro_batches", [3, 100])
-def test_micro_batches_add_up_to_the_same_step_and_the_same_metrics(algorithm: Algorithm, micro_batches: int) -> None:
-    """Also where there are more parts than steps."""
-    trajectory = episodes(Linear()) if algorithm.passes.whole_episodes else fragments(Linear(), holes=True)
+@pytest.mark.parametrize("holes", [False, True])
+def test_micro_batches_add_up_to_the_same_step_and_the_same_metrics(
+    algorithm: Algorithm, micro_batches: int, holes: bool
+) -> None:
+    """Also where there are more parts than steps, and where one look at the policy serves Psi and the loss."""
+    trajectory = episodes(Linear()) if algorithm.passes.whole_episodes else fragments(Linear(), holes=holes)
     whole, expected = update(algorithm, trajectory)
     parts, found = update(algorithm, trajectory, micro_batches=micro_batches)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)

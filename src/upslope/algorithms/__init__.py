@@ -13,6 +13,7 @@ from upslope.algorithms.protocol import Algorithm as Algorithm
 from upslope.algorithms.protocol import Condition as Condition
 from upslope.algorithms.protocol import GradientName as GradientName
 from upslope.algorithms.protocol import Loss as Loss
+from upslope.algorithms.protocol import NaturalStep as NaturalStep
 from upslope.algorithms.protocol import Now as Now
 from upslope.algorithms.protocol import Passes as Passes
 from upslope.algorithms.protocol import Penalty as Penalty

@@ -20,10 +20,10 @@ from upslope.policies.packing import Packing, join_observations
 from upslope.policies.raw import read_observation
 from upslope.policies.sampler import ActorSampler
 from upslope.spaces import Space, space_to_tree
-from upslope.trajectory import AskedTwice, Evaluation, Observation, Steps, Trajectory, map_observation
+from upslope.trajectory import Evaluation, Observation, Steps, Trajectory, map_observation
 
 
-class ActorCritic(AskedTwice, nn.Module):
+class ActorCritic(nn.Module):
     """A policy for any space of `upslope.spaces`, with the critic and the normalisers that belong to it.
 
     An encoder of one's own is any `nn.Module` from observations [M, ...] to features [M, features] that says how
@@ -148,32 +148,31 @@ class ActorCritic(AskedTwice, nn.Module):
         if self.memory is not None:
             return self._evaluate_rows(steps)
         observation, action, shape = self._flat(steps.observation, steps.action)
-        return self._evaluation(*self._outputs(self._normalized(observation)), action, shape)
-
-    def evaluate_with_next_value(self, trajectory: Trajectory) -> tuple[Evaluation, Tensor]:
-        """`evaluate`, whose values are V_t, and V'_t [B, T] without gradient; without a memory in the same pass.
-
-        Raises:
-            ValueError: if the policy has no critic.
-        """
-        if self.memory is not None or self.critic is None:
-            return super().evaluate_with_next_value(trajectory)
-        observation, action, shape = self._flat(trajectory.observation, trajectory.action)
-        together = self._normalized(join_observations(observation, trajectory.final_observation))
-        parameters, value = self._outputs(together)
-        assert value is not None
-        present, final = value.split([shape.numel(), len(value) - shape.numel()])
-        evaluation = self._evaluation(parameters[: len(present)], present, action, shape)
-        return evaluation, trajectory.next_value(present.detach().view(shape), final.detach())
-
-    def _evaluation(self, parameters: Tensor, value: Tensor | None, action: Tensor, shape: torch.Size) -> Evaluation:
-        """Of flat steps [M], in the shape they come from."""
+        parameters, value = self._outputs(self._normalized(observation))
         log_prob, entropy = self.head.log_prob_and_entropy(parameters, action)
         if len(shape) != 1:
             log_prob, entropy, parameters = log_prob.view(shape), entropy.view(shape), parameters.view(*shape, -1)
             value = None if value is None else value.view(shape)
         distribution = HeadDistribution(self.head, parameters)
         return Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=value)
+
+    def evaluate_with_next_value(self, trajectory: Trajectory) -> tuple[Evaluation, Tensor]:
+        """`evaluate` of all steps, row after row [B * T], and V'_t [B, T] without gradient, in one pass.
+
+        Raises:
+            ValueError: if the policy has no critic, or a memory, which needs whole rows.
+        """
+        if self.memory is not None or self.critic is None:
+            raise ValueError("one look is for a policy with a critic and without a memory: ask `values`, `evaluate`")
+        observation, action, shape = self._flat(trajectory.observation, trajectory.action)
+        together = self._normalized(join_observations(observation, trajectory.final_observation))
+        parameters, value = self._outputs(together)
+        assert value is not None
+        present, final = value.split([shape.numel(), len(value) - shape.numel()])
+        log_prob, entropy = self.head.log_prob_and_entropy(parameters[: len(present)], action)
+        distribution = HeadDistribution(self.head, parameters[: len(present)])
+        evaluation = Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=present)
+        return evaluation, trajectory.next_value(present.detach().view(shape), final.detach())
 
     def _evaluate_rows(self, steps: Steps) -> Evaluation:
         if steps.mask.dim() != 2:

@@ -195,11 +195,6 @@ class ControlSession:
         Raises:
             ResumeError: if the spaces or the network are not those of the checkpoint.
         """
-        if "frozen" not in tree:
-            raise ResumeError(
-                "the checkpoint is of an earlier version of upslope, which this one cannot go on from: resume it with "
-                "the version named in its config.json, or start a new run"
-            )
         check_hashes(self.beginning.hashes, tree["frozen"])
         for what, old, new in zip(("observation", "action"), tree["spaces"], self.spaces, strict=True):
             if _listed(old) != _listed(new):

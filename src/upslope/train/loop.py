@@ -126,7 +126,13 @@ class Training:
         if found is None:
             self._tell("no checkpoint yet: starting from the beginning")
             return 0
-        self.session.load_state(found.state["session"])
+        try:
+            self.session.load_state(found.state["session"])
+        except KeyError as error:
+            raise ResumeError(
+                f"the checkpoint has no {error}: it is of an earlier version of upslope, which this one cannot go on "
+                "from. Resume it with the version named in its config.json, or start a new run"
+            ) from error
         taken, total = self.session.steps, self.session.run.steps
         if taken > total != recorded_run(self.directory.path)["steps"]:
             raise ResumeError(

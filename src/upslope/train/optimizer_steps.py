@@ -31,7 +31,7 @@ class OptimizerSteps:
         learning_rate: for every step.
         generator: shuffles the steps of each pass.
         meter: watches, if there is one.
-        seen: what the policy says of the whole batch, and V'; None where each piece is evaluated as it comes.
+        seen: what the policy says of the only step's batch; None where each piece is evaluated as it comes.
         totals: what the steps report.
     """
 
@@ -43,7 +43,7 @@ class OptimizerSteps:
     learning_rate: float
     generator: Shuffler
     meter: Meter | None
-    seen: tuple[Evaluation, Tensor] | None
+    seen: Evaluation | None
     totals: Totals
 
     def over(self, batch: Batch, epoch: int) -> bool:
@@ -62,12 +62,9 @@ class OptimizerSteps:
         return not (passes.kl_stop == "after_epoch" and self.totals.kl_beyond(passes.target_kl))
 
     def _prepared(self, minibatch: Batch) -> Batch:
-        """Weights and advantages of one optimiser step; rows stay whole only where the policy or the loss needs them.
-
-        They stay as they are, too, where the policy has seen the whole batch.
-        """
+        """Weights and advantages of one optimiser step; rows stay whole only where policy or loss needs them."""
         minibatch = self.algorithm.prepare(minibatch)
-        rows = self.seen is not None or self.policy.sequential or self.passes.whole_rows
+        rows = self.policy.sequential or self.passes.whole_rows
         return chosen_steps(minibatch) if minibatch.mask.dim() > 1 and not rows else minibatch
 
     def _differentiate(self, minibatch: Batch) -> None:
@@ -75,7 +72,7 @@ class OptimizerSteps:
         self.optimizer.zero_gradient()
         metrics: dict[str, Tensor] = {}
         for piece in micro_batches(minibatch, self.optimizer.micro_batches, self.passes.together):
-            evaluation = self.policy.evaluate(piece) if self.seen is None else self.seen[0]
+            evaluation = self.policy.evaluate(piece) if self.seen is None else self.seen
             if self.totals.measure_mismatch:
                 apart = _mismatch(piece, evaluation.log_prob)
                 metrics["mismatch"] = torch.maximum(metrics["mismatch"], apart) if "mismatch" in metrics else apart

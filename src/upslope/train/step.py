@@ -76,9 +76,10 @@ def learn(
     if meter is not None:
         meter.begin(trajectory, signal, value, next_value, gamma=algorithm.gamma, passes=passes)
     advantage = signal.advantage
-    batch = _batch(policy, passes, trajectory, value, signal, reference, rows=seen is not None)
+    batch = _batch(policy, passes, trajectory, value, signal, reference)
     totals = Totals(measure_mismatch=policy.sequential and _sampled(batch))
-    steps = OptimizerSteps(policy, algorithm, optimizer, passes, now, learning_rate, generator, meter, seen, totals)
+    at_once = None if seen is None else seen[0]
+    steps = OptimizerSteps(policy, algorithm, optimizer, passes, now, learning_rate, generator, meter, at_once, totals)
     for epoch in range(passes.epochs):
         if epoch and passes.recompute_advantage:
             value, _, signal = _signal(policy, algorithm, trajectory, now)
@@ -142,7 +143,7 @@ def _anchored(
         return trajectory
     with torch.no_grad():
         evaluation = policy.evaluate(trajectory) if seen is None else seen[0]
-        return replace(trajectory, proximal_log_prob=evaluation.log_prob.detach())
+        return replace(trajectory, proximal_log_prob=evaluation.log_prob.detach().view(trajectory.shape))
 
 
 def _seen_at_once(
@@ -150,11 +151,11 @@ def _seen_at_once(
 ) -> tuple[Evaluation, Tensor] | None:
     """What the loss and Psi need of the policy from one look at it; None where they must look at different things.
 
-    They look at the same where the update's only step is on the trajectory as it is.
+    They look at the same where the update's only step is on all steps of the trajectory.
     """
     once = passes.epochs * passes.minibatches == 1 and optimizer.micro_batches == 1
     once = once and not isinstance(passes.rule, NaturalStep) and passes.critic and passes.values_first
-    if not once or policy.sequential or trajectory.partial_mask is not None:
+    if not once or policy.sequential or passes.whole_rows or trajectory.partial_mask is not None:
         return None
     return policy.evaluate_with_next_value(trajectory)
 
@@ -169,7 +170,7 @@ def _signal(
     with torch.no_grad():
         value = next_value = None
         if seen is not None and seen[0].value is not None:
-            value, next_value = seen[0].value.detach(), seen[1]
+            value, next_value = seen[0].value.detach().view(trajectory.shape), seen[1]
         elif algorithm.passes.critic and algorithm.passes.values_first:
             value, next_value = policy.values(trajectory)
         return value, next_value, algorithm.advantage(trajectory, value, next_value, now)
@@ -182,8 +183,6 @@ def _batch(
     value: Tensor | None,
     signal: Signal,
     reference: Policy | None,
-    *,
-    rows: bool,
 ) -> Batch:
     """The chosen steps of the trajectory, flattened; whole rows where Psi needs whole episodes or the policy rows."""
     batch = Batch(
@@ -204,7 +203,7 @@ def _batch(
     if policy.sequential or passes.whole_rows:
         hidden = ~trajectory.mask
         batch = replace(batch, behaviour_log_prob=batch.behaviour_log_prob.masked_fill(hidden, 0.0))
-    elif not passes.whole_episodes and not rows:
+    elif not passes.whole_episodes:
         batch = chosen_steps(batch)
     if passes.reference == "distribution" and reference is not None:
         with torch.no_grad():
