@@ -84,6 +84,7 @@ def conclude(
         command = resume_command(result, run, steps=steps, recipe=own)
         console.print(stopped(result, run, command, rebuilt=rebuilt), soft_wrap=True)
         return INTERRUPTED
-    longer = resume_command(result, run, steps=2 * run.steps, recipe=own)
+    more = 2 * (run.steps if result.steps < 2 * run.steps else result.steps)
+    longer = resume_command(result, run, steps=more, recipe=own)
     console.print(finished(result, run, seconds, longer=longer, another=another, resumed=resumed), soft_wrap=True)
     return DONE
