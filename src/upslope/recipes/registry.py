@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from upslope.errors import UsageError
 from upslope.recipes import (
@@ -121,7 +124,7 @@ def load_recipe(name: str) -> AnyRun:
             `Run` or a `LanguageRun`. The file is the user's own code and is run.
 
     Raises:
-        UsageError: if there is no such recipe, or what it returns is no run.
+        UsageError: if there is no such recipe, what it returns is no run, or the settings it gives are refused.
     """
     if ":" in name:
         return _from_file(name)
@@ -135,11 +138,35 @@ def load_recipe(name: str) -> AnyRun:
 
 
 def _from_file(name: str) -> AnyRun:
-    recipe = function_from_file(name, what="recipe")
+    with _naming(name):
+        recipe = function_from_file(name, what="recipe")
     needed = [p.name for p in inspect.signature(recipe).parameters.values() if p.default is p.empty and p.kind < 2]
     if needed:
         raise UsageError(f"{name!r} needs arguments ({', '.join(needed)}); a recipe takes none: give them defaults")
-    run = recipe()
+    with _naming(name):
+        run = recipe()
     if not isinstance(run, Run | LanguageRun):
         raise UsageError(f"{name!r} returned a {type(run).__name__}; a recipe returns an upslope.Run, or a LanguageRun")
     return run
+
+
+_ARGUMENTS = re.compile(r"\w+\.__init__\(\) (got|missing|takes) ")
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Around the user's own code: a setting that is refused in here is a `UsageError` that names the place.
+
+    That is a ValueError or TypeError raised by the library, or an argument that a class does not take. Anything else
+    is a mistake in the user's code, and its traceback leads there.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if type(error) not in (ValueError, TypeError):
+            raise
+        frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+        ours = str(frame.f_globals["__name__"]).startswith("upslope.")
+        if ours or (isinstance(error, TypeError) and _ARGUMENTS.match(str(error))):
+            raise UsageError(f"{place}: {error}") from error
+        raise
