@@ -218,6 +218,15 @@ def test_a_place_without_masks_is_told(make: Callable[[], Any], settings: Enviro
         make_environments(make, settings)
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_environment_without_masks_is_not_to_blame(place: str, vectorization: str) -> None:
+    with pytest.raises(Exception, match=r'environment\.action_mask="none" for an environment without masks') as caught:
+        make_environments("CartPole-v1", config(place, count=2, vectorization=vectorization)).reset([0, 1])
+    assert isinstance(caught.value, UnsupportedSpaceError | ActionMaskError | EnvironmentFailureError)
+    assert "The fault is in the environment" not in str(caught.value)
+
+
 def test_an_entry_of_that_name_is_not_overwritten() -> None:
     space = gymnasium.spaces.Dict({"action_mask": gymnasium.spaces.Discrete(2)})
 

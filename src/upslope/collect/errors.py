@@ -27,6 +27,10 @@ class ActionMaskError(ValueError):
     """A mask of valid actions that is missing, is none, or leaves nothing to do."""
 
 
+class MissingActionMaskError(ActionMaskError):
+    """There is no mask where the settings say that there is one."""
+
+
 class UnsupportedAutoresetError(ValueError):
     """A vector environment that does not say, or says wrongly, how it resets."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from upslope.collect.errors import ActionMaskError, UnsupportedSpaceError
+from upslope.collect.errors import ActionMaskError, MissingActionMaskError, UnsupportedSpaceError
 from upslope.policies.masking import action_sizes, has_valid, read_mask
 from upslope.spaces import ACTION_MASK, OBSERVATION, Discrete, MultiDiscrete
 from upslope.trajectory import ObservationArrays
@@ -208,6 +208,7 @@ class MaskedVectorEnvironment(VectorWrapper[Any, Any, Any, Any, Any]):
         return lambda: f"environment {index} of {self.env}, step {self._steps}: {where}, {place}"
 
 
+_WITHOUT = 'environment.action_mask="none" for an environment without masks'
 _PLACES = {"info": "info[{!r}]", "method": "the method {}()", "observation": "the observation's entry {!r}"}
 
 
@@ -249,7 +250,8 @@ def _masked_space(
         if entries.pop(name, None) is None or not isinstance(space, gymnasium.spaces.Dict):
             raise UnsupportedSpaceError(
                 f"the mask should be the entry {name!r} of the observation, and the observation space is {space}: set "
-                "environment.action_mask_name to the key it has there, or environment.action_mask to where it is"
+                "environment.action_mask_name to the key it has there, environment.action_mask to where it is, or "
+                f"{_WITHOUT}"
             )
         if not entries:
             raise UnsupportedSpaceError(f"{space} has no entry but the mask: there is nothing for a policy to see")
@@ -266,9 +268,10 @@ def _checked(found: Any, sizes: tuple[int, ...], where: Callable[[], str], *, en
     if found is None:
         if ended:
             return np.zeros(sum(sizes), dtype=bool)
-        raise ActionMaskError(
+        raise MissingActionMaskError(
             f"{where()}: there is no mask of valid actions. Every reset() and step() must give one; set "
-            "environment.action_mask to where it is (info, method or observation) and action_mask_name to its name"
+            "environment.action_mask to where it is (info, method or observation) and environment.action_mask_name to "
+            f"its name, or {_WITHOUT}"
         )
     try:
         mask = read_mask(found, sizes)
@@ -288,9 +291,9 @@ def _method(environment: Any, find: Callable[[str], Any], name: str) -> Callable
     except AttributeError:
         method = None
     if not callable(method):
-        raise ActionMaskError(
+        raise MissingActionMaskError(
             f"{environment} has no method {name}() to ask for masks of valid actions: set environment.action_mask_name "
-            'to what it is called, or environment.action_mask="info" if masks are in info'
+            f'to what it is called, environment.action_mask="info" if masks are in info, or {_WITHOUT}'
         )
     return method
 

@@ -13,6 +13,7 @@ from upslope.collect.convert import ObservationLayout, action_cast, convert_acti
 from upslope.collect.errors import (
     ActionMaskError,
     EnvironmentFailureError,
+    MissingActionMaskError,
     UnknownEnvironmentError,
     UnsupportedSpaceError,
 )
@@ -195,9 +196,10 @@ class SyncEnvironments:
     def _failure(self, index: int, error: Exception, what: str) -> EnvironmentFailureError:
         seed = self._seeds[index] if self._environments and len(self._environments) > index else None
         seeded = f", last seeded with {seed}" if seed is not None else ""
+        fault = ". The fault is in the environment; `upslope check-env` tries it on its own"
         return EnvironmentFailureError(
-            f"environment {self._first_index + index} {what}{seeded}: {type(error).__name__}: {error}. The fault is "
-            "in the environment; `upslope check-env` tries it on its own",
+            f"environment {self._first_index + index} {what}{seeded}: {type(error).__name__}: {error}"
+            f"{'' if isinstance(error, MissingActionMaskError) else fault}",
             self._first_index + index,
         )
 
