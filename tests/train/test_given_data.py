@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,8 @@ def test_files_of_another_world_and_missing_ones_are_refused(tmp_path: Path, mad
     run = runs(tmp_path, made)["sft"]
     with pytest.raises(UsageError, match="upslope record"):
         train(replace(run, rollout=RecordedConfig(file=tmp_path / "none.safetensors")))
+    with pytest.raises(UsageError, match="is a folder: give a file that `upslope record` has written"):
+        train(replace(run, rollout=RecordedConfig(file=tmp_path)))
     with pytest.raises(UsageError, match="take one of the same environment"):
         train(replace(run, rollout=RecordedConfig(file=made / "pendulum.safetensors")))
     assert not (tmp_path / "run").exists()
@@ -237,3 +240,16 @@ def test_the_command_records_what_the_library_does(tmp_path: Path, made: Path, c
     assert read_recording(out).about["environment"] == "CartPole-v1"
     assert main(["record", str(place), "--out", str(out), "--environment", "Pendulum-v1"]) == 2
     assert "take one of the same environment" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_played(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys.modules[record_run.__module__], "record_episodes", lambda *_, **__: pytest.fail("it played")
+    )
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UsageError, match=f"the folder {nowhere} does not exist; make it first"):
+        record_run(made / "cartpole" / "run", nowhere / "out.safetensors")
+    with pytest.raises(UsageError, match="is a folder: name the file to write"):
+        record_run(made / "cartpole" / "run", tmp_path)

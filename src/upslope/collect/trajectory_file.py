@@ -120,6 +120,8 @@ def read_recording(path: str | Path) -> Recording:
             f"there is no file {path}: make one of a trained policy with `upslope record RUN --out {path}`, or with "
             "upslope.collect.trajectory_file.write_recording"
         ) from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder: give a file that `upslope record` has written") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     header = _header(raw, path)

@@ -52,6 +52,7 @@ def record_run(
     if episodes < 1:
         raise UsageError(f"record at least one episode, got episodes={episodes}")
     place, out = Path(place), Path(out)
+    _check_out(out)
     run = (place / "config.json").is_file() and (place / "policy").is_dir()
     if best and not run:
         raise UsageError(f"{place} is no run directory, and only a run has a best policy: leave best out")
@@ -78,6 +79,14 @@ def record_run(
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error}") from error
     return recording
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place that no file can be written to, before anything is played."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: name the file to write, {out / 'episodes.safetensors'} say")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out} cannot be written: the folder {out.parent} does not exist; make it first")
 
 
 def _environment(place: Path, *, run: bool, environments: Source | None) -> EnvironmentConfig:
