@@ -108,3 +108,11 @@ def test_what_cannot_be_solved_or_drawn_is_refused(
     run = str(a_run(tmp_path, "two-state", 1))
     assert main(["solve", *(run if word == "RUN" else word for word in words)]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_picture_of_another_kind_is_refused_before_anything_is_solved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("upslope.report.optimum.solve_problem", lambda *_, **__: pytest.fail("it solved"))
+    assert main(["solve", "two-state", "--plot", "s.xyz"]) == 2
+    assert "a picture ends in .png, .svg, .pdf, got 's.xyz'" in capsys.readouterr().err

@@ -47,10 +47,13 @@ def act(arguments: Sequence[str]) -> int:
     command = parse(Solve, arguments, program="upslope solve")
     if command.against and command.plot is None:
         raise UsageError("--against draws runs beside the exact solution: say where, with --plot FILE.png")
+    from upslope.report.curve import check_format
     from upslope.report.optimum import solve_problem
     from upslope.report.solve import draw_solved, learner_curves, learner_in_words, solved_in_words, solved_tree
     from upslope.train.prepare import threads
 
+    if command.plot is not None:
+        check_format(command.plot)
     with checking_usage(), threads(1):
         solved = solve_problem(
             command.problem.removeprefix("problem/"),
