@@ -1,11 +1,16 @@
-"""What the command line advises can be done."""
+"""What the command line advises can be done, and what it refuses leaves nothing behind."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from upslope.cli import main
+from upslope.errors import UsageError
+from upslope.recipes import access_control_ppo
+from upslope.train import Run
+from upslope.train.prepare import new_directory
 
 QUIET = ["--log.no_progress", "--log.no_tensorboard", "--environment.vectorization", "sync"]
 SMALL = ["--rollout.steps", "64", "--environment.count", "2", "--evaluation.final_episodes", "2", *QUIET]
@@ -26,3 +31,27 @@ def test_the_total_advised_to_train_on_is_one_that_is_taken(here: Path, capsys: 
     advised = next(line for line in said.splitlines() if line.strip().startswith("train on"))
     assert main(shlex.split(advised.split("upslope", 1)[1])) == 0
     assert "has taken 256 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("named", [[], ["--name", "mine"]], ids=["numbered", "named"])
+def test_a_run_that_its_first_update_refuses_leaves_no_directory(here: Path, named: list[str]) -> None:
+    settings = ["--environment.id", "CartPole-v1", "--environment.count", "2", *QUIET, *named]
+    assert main(["train", "access-control-ppo", *settings]) == 2
+    assert list((here / "runs").iterdir()) == []
+
+
+def refused(run: Run, *, after: str) -> None:
+    with new_directory(run) as directory:
+        directory.metrics_path.write_text(after)
+        raise UsageError("refused")
+
+
+def test_what_was_there_before_or_was_made_by_training_stays(here: Path) -> None:
+    run = replace(access_control_ppo(), directory=here, name="mine")
+    with pytest.raises(UsageError):
+        refused(run, after="{}")
+    assert (here / "mine" / "metrics.jsonl").is_file()
+    (here / "theirs").mkdir()
+    with pytest.raises(UsageError):
+        refused(replace(run, name="theirs"), after="")
+    assert (here / "theirs").is_dir()

@@ -61,9 +61,7 @@ class _Arrays(threading.local):
         self._bytes = 0
 
     def empty(self, rows: int, columns: int, dtype: np.dtype[Any]) -> np.ndarray:
-        """An uninitialised array."""
-        if not self.SMALLEST <= rows * columns <= self.LARGEST:
-            return np.empty((rows, columns), dtype=dtype)
+        """An uninitialised array of a size between the smallest and the largest."""
         shelf = self._shelves.setdefault((rows, columns, dtype), [])
         if shelf:
             memory = shelf.pop()
@@ -79,6 +77,13 @@ class _Arrays(threading.local):
 
 
 _ARRAYS = _Arrays()
+
+
+def _empty(rows: int, columns: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """An uninitialised array, lent if it is large."""
+    if _Arrays.SMALLEST <= rows * columns <= _Arrays.LARGEST:
+        return _ARRAYS.empty(rows, columns, dtype)
+    return np.empty((rows, columns), dtype=dtype)
 
 
 class RowGradients(threading.local):
@@ -224,7 +229,7 @@ def _mlp_forward(
     output, last = features, len(layers) - 2
     for position in range(0, len(layers), 2):
         weight = layers[position]
-        output = np.dot(output, weight.T, out=_ARRAYS.empty(len(output), len(weight), output.dtype))
+        output = np.dot(output, weight.T, out=_empty(len(output), len(weight), output.dtype))
         output += layers[position + 1]
         if layout.torso or position < last:
             activate(layout.activation, output)
@@ -246,6 +251,7 @@ def _mlp_backward(
     # Sums over rows are products with ones: several times faster than a reduction.
     ones = np.ones(len(features), dtype=features.dtype)
     backwards: list[np.ndarray] = []
+    recording = ROW_GRADIENTS.of is not None
     if constant is not None:
         width = gradient.shape[1] - len(constant)
         backwards.append(np.dot(ones, gradient[:, width:]))
@@ -257,12 +263,12 @@ def _mlp_backward(
         below = hidden[layer - 1] if layer else features
         backwards.append(np.dot(ones, gradient))
         backwards.append(np.dot(gradient.T, below))
-        if ROW_GRADIENTS.of is not None:
+        if recording:
             ROW_GRADIENTS.add(layers[2 * layer + 1], gradient, None)
             ROW_GRADIENTS.add(layers[2 * layer], gradient, below)
         if layer or through:
             weight = layers[2 * layer]
-            out = _ARRAYS.empty(len(gradient), weight.shape[1], weight.dtype)
+            out = _empty(len(gradient), weight.shape[1], weight.dtype)
             gradient = np.dot(gradient, weight, out=out)
     found.extend(map(torch.from_numpy, reversed(backwards)))
     return torch.from_numpy(gradient) if through else None
@@ -290,7 +296,7 @@ def append_constant(output: np.ndarray, constant: np.ndarray) -> np.ndarray:
 def _through_activation(activation: str, gradient: np.ndarray, output: np.ndarray) -> np.ndarray:
     if activation == "relu":
         return gradient * (output > 0.0)
-    slope = np.multiply(output, output, out=_ARRAYS.empty(len(output), output.shape[1], output.dtype))
+    slope = np.multiply(output, output, out=_empty(len(output), output.shape[1], output.dtype))
     np.subtract(1.0, slope, out=slope)
     slope *= gradient
     return slope

@@ -111,7 +111,9 @@ class MLP(nn.Module):
         """Weight, bias, weight, bias ... and the constant outputs, if any: the order of `Layout`."""
         found: list[Tensor] = []
         for layer in self.affine:
-            found += (layer.weight, layer.bias)
+            # Attributes of a module are looked up by Python code, slower than a small network's arithmetic.
+            held = cast("dict[str, Tensor]", layer._parameters)  # pyright: ignore[reportPrivateUsage]
+            found += (held["weight"], held["bias"])
         if self.constant is not None:
             found.append(self.constant)
         return found
@@ -137,11 +139,13 @@ class LeanMLP:
     """
 
     def __init__(self, network: MLP) -> None:
-        arrays = [(layer.weight.numpy(force=True).T, layer.bias.numpy(force=True)) for layer in network.affine]
-        self._constant = None if network.constant is None else network.constant.numpy(force=True)
+        tensors = network.tensors()
+        self.device = tensors[0].device
+        tensors, self._constant = network.layout.split([tensor.numpy(force=True) for tensor in tensors])
+        arrays = [(weight.T, bias) for weight, bias in zip(tensors[::2], tensors[1::2], strict=True)]
         self._hidden, self._last = (arrays, None) if network.torso else (arrays[:-1], arrays[-1])
         self._activation = network.activation
-        self.dtype, self.device = arrays[0][0].dtype, network.affine[0].weight.device
+        self.dtype = arrays[0][0].dtype
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """[N, inputs] -> [N, outputs + constant], a new array."""

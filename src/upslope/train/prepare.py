@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+from upslope.errors import UsageError
 from upslope.train.config_file import config_to_tree, differences, recorded_run
 from upslope.train.describe import describe_run
 from upslope.train.run_directory import RunDirectory, run_name
@@ -23,17 +25,23 @@ _MAY_CHANGE = ("steps", "log.", "checkpoint.", "evaluation.", "name", "directory
 
 @contextmanager
 def new_directory(run: AnyRun) -> Iterator[RunDirectory]:
-    """The locked directory of a new run.
+    """The locked directory of a new run; if it was made here, and the run is refused before any result, it is removed.
 
     Raises:
         RunDirectoryError: if it holds a run already or is in use.
     """
+    made = run.name is None or not (run.directory / run.name).exists()
     if run.name is None:
         directory = RunDirectory.create_numbered(run.directory, run_name(run.recipe, run.seed))
     else:
         directory = RunDirectory.create(run.directory, run.name)
     with directory:
-        yield directory
+        try:
+            yield directory
+        except UsageError:
+            if made and not directory.holds_results():
+                shutil.rmtree(directory.path, ignore_errors=True)
+            raise
 
 
 def config_file(run: AnyRun, packages: tuple[str, ...], more: Mapping[str, Any] | None = None) -> bytes:

@@ -193,6 +193,13 @@ class RunDirectory:
         traces = (self.config_path, self.metrics_path, self.checkpoints, self.policy, self.best, self.start)
         return any(os.path.lexists(path) for path in traces)
 
+    def holds_results(self) -> bool:
+        """Whether anything lies there that training made: more than what a run began with and empty files."""
+        begun = (self.config_path, self.path / _LOCK, self.tensorboard)
+        begun += (self.start, self.reference, self.behaviour, self.potential)
+        made = [path for path in self.path.iterdir() if path not in begun]
+        return any(any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0 for path in made)
+
     def close(self) -> None:
         """Give the lock back; once is enough, more does no harm."""
         if self._lock is not None:
