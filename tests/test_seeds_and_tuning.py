@@ -166,7 +166,33 @@ def test_a_search_finds_settings_and_outlives_a_trial_that_fails(
     assert f"upslope train mine.py:small --environment.id problem/two-state --algorithm.clip {clip}" in said
     assert main([*words, "--trials", "4"]) == 0
     assert len(json.loads((place / "result.json").read_text())["trials"]) == 4, "there were enough"
+    capsys.readouterr()
     assert main([*words, "--seeds", "2"]) == 2, "another study"
+    assert "begun with other settings: seeds 1 then, 1 2 now. Give the command" in capsys.readouterr().err
+
+
+def test_the_settings_that_differ_are_named_with_both_values(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def asked(*words: str) -> str:
+        assert main(["tune", "mine.py:small", "--name", "it", "--trials", "1", *words]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    begun = {
+        "recipe": "mine.py:small",
+        "settings": ["--steps", "64", "--policy.hidden", "8", "8"],
+        "space": ["algorithm.clip=0.1..0.3"],
+        "seeds": [1],
+        "metric": None,
+    }
+    place = here / "runs/tune-it"
+    place.mkdir(parents=True)
+    (place / "study.json").write_text(json.dumps(begun))
+    search = ["--search", "algorithm.clip=0.1..0.4"]
+    said = asked(*search, "--steps", "64", "--policy.hidden", "8", "4")
+    assert "other settings: --policy.hidden 8 8 then, 8 4 now; --search algorithm.clip 0.1..0.3 then, 0.1..0.4" in said
+    said = asked("--search", "algorithm.gamma=0.9..0.99", "--policy.hidden=4", "--seeds", "2")
+    assert "seeds 1 then, 1 2 now; --steps 64 then, not given now; --policy.hidden 8 8 then, 4 now; and 2 more." in said
+    same = ["--search", "algorithm.clip=0.1..0.3", "--policy.hidden", "8", "8", "--steps", "64"]
+    assert "the same in another order" in asked(*same)
 
 
 def plan() -> Plan:

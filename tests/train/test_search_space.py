@@ -23,6 +23,7 @@ from upslope.train.search_space import Choice, Range, as_settings, searched, usu
 )
 def test_what_is_written_is_read(text: str, wanted: Range | Choice) -> None:
     assert searched(text) == wanted
+    assert searched(wanted.written()) == wanted
 
 
 @pytest.mark.parametrize(

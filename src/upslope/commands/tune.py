@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from upslope.train.session import AnyRun
 
 _SHOWN = 5
+_DIFFERENCES, _ABSENT = 3, "not given"
 _BEST = '''"""What `upslope tune {recipe}` found best: {value} ({metric}, trial {number})."""
 
 import dataclasses
@@ -143,19 +144,46 @@ def _check_plan(directory: Path, plan: Plan) -> None:
     now = {
         "recipe": plan.recipe,
         "settings": list(plan.settings),
-        "space": [repr(part) for part in plan.space],
+        "space": [part.written() for part in plan.space],
         "seeds": list(plan.seeds),
         "metric": plan.metric,
     }
     if path.is_file():
         before = json.loads(path.read_text("utf-8"))
-        other = [name for name in now if before.get(name) != now[name]]
-        if other:
+        if before != now:
             raise UsageError(
-                f"the study in {directory} has another {' and '.join(other)}: give the command it was begun with, or "
-                "another --name"
+                f"the study in {directory} was begun with other settings: {_differences(before, now)}. Give the "
+                "command it was begun with, or another --name"
             )
     write_file_atomically(path, (json.dumps(now, indent=2) + "\n").encode())
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first settings that differ between two studies, each with both values."""
+    then, given = _named(before), _named(now)
+    names = [name for name in (then | given) if then.get(name) != given.get(name)]
+    told = [f"{name} {then.get(name, _ABSENT)} then, {given.get(name, _ABSENT)} now" for name in names[:_DIFFERENCES]]
+    if len(names) > _DIFFERENCES:
+        told.append(f"and {len(names) - _DIFFERENCES} more")
+    return "; ".join(told) or "the same in another order"
+
+
+def _named(plan: dict[str, Any]) -> dict[str, str]:
+    """What a study was begun with, by the name of the option."""
+    named = {"recipe": plan["recipe"], "seeds": " ".join(str(seed) for seed in plan["seeds"])}
+    if plan["metric"] is not None:
+        named["--metric"] = plan["metric"]
+    option = ""
+    for word in plan["settings"]:
+        if word.startswith("--"):
+            option, _, value = word.partition("=")
+            named[option] = value or "given"
+        else:
+            named[option] = word if named[option] == "given" else f"{named[option]} {word}"
+    for part in plan["space"]:
+        name, _, values = part.partition("=")
+        named[f"--search {name}"] = values
+    return named
 
 
 def _conclude(study: Study, command: Tune, *, stopped: bool) -> int:

@@ -50,6 +50,11 @@ class Range:
         """The values at the ends."""
         return (str(int(self.low)), str(int(self.high))) if self.whole else (f"{self.low:.6g}", f"{self.high:.6g}")
 
+    def written(self) -> str:
+        """The text that `searched` reads it from."""
+        low, high = (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+        return f"{self.name}={low}..{high}{_LOG if self.log else ''}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
@@ -70,6 +75,10 @@ class Choice:
     def ends(self) -> tuple[str, ...]:
         """All of them."""
         return self.values
+
+    def written(self) -> str:
+        """The text that `searched` reads it from."""
+        return f"{self.name}={','.join(self.values)}"
 
 
 Searched: TypeAlias = Range | Choice
