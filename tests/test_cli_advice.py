@@ -55,3 +55,27 @@ def test_what_was_there_before_or_was_made_by_training_stays(here: Path) -> None
     with pytest.raises(UsageError):
         refused(replace(run, name="theirs"), after="")
     assert (here / "theirs").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [("trpo", "ppo", "6 other rows are equal"), ("a2c", "ppo", "5 other rows are equal"), ("sft", "trpo", "")],
+)
+def test_what_neither_has_and_what_both_mean_is_no_difference(
+    one: str, other: str, equal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["describe", one, "--against", other]) == 0
+    said = capsys.readouterr().out
+    assert equal in said
+    rows = [line.split("  ")[0] for line in said.splitlines()]
+    assert not {"reference KL", "KL", "KL stop"} & set(rows)
+    assert ("state weights" in rows) == (one == "sft")
+
+
+def test_one_is_not_several(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--epochs", "1", "--minibatches", "1"]
+    assert main(["describe", "preference", "--against", "trpo"]) == 0
+    assert main(["describe", "ppo", *settings, "--against", "sft", "--epochs", "2", "--minibatches", "3"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 other row is equal" in said
+    assert "1 epoch x 1 minibatch 2 epochs x 3 minibatches of" in said

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from upslope.algorithms.critic_advantage import gae_signal
 from upslope.algorithms.protocol import (
+    DISCOUNT_DROPPED,
     Loss,
     Now,
     Passes,
@@ -89,7 +90,7 @@ class OneStepActorCritic(Stateless):
         """The estimator in words."""
         return {
             "Psi": f"TD residual(gamma={self.gamma})",
-            "state weights": "gamma^t kept: the gradient of J_gamma" if self.discounted_states else "gamma^t dropped",
+            "state weights": "gamma^t kept: the gradient of J_gamma" if self.discounted_states else DISCOUNT_DROPPED,
             "advantage scale": "none",
             "ratio": "none (score function)",
             "value error": f"{self.value_coefficient} x 0.5 (V - target)^2; target = r + gamma V'",
@@ -161,7 +162,7 @@ class A2C(Stateless):
         """The estimator in words."""
         return {
             "Psi": f"GAE(gamma={self.gamma}, lambda={self.gae_lambda})",
-            "state weights": "gamma^t dropped",
+            "state weights": DISCOUNT_DROPPED,
             "advantage scale": "standardised over the batch" if self.normalize_advantage else "none",
             "ratio": "none (score function)",
             "reference KL": self.reference_kl.describe(),

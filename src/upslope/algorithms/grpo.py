@@ -36,6 +36,7 @@ from upslope.algorithms.protocol import (
     Undiscounted,
     check_passes,
     entropy_bias,
+    passes_in_words,
     scheduled,
     scheduled_in_words,
 )
@@ -275,5 +276,5 @@ class GRPO(Undiscounted, Stateless):
             "importance correction": importance,
             "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": describe_reduction(self.reduction, self.fixed_length),
-            "passes": f"{self.epochs} epochs x {self.minibatches} minibatches of whole trajectories",
+            "passes": f"{passes_in_words(self.epochs, self.minibatches)} of whole trajectories",
         }

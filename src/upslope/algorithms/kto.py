@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.pairs import labels, row_weight
-from upslope.algorithms.protocol import Loss, Now, Passes, Stateless, Target, Undiscounted, check_passes
+from upslope.algorithms.protocol import (
+    Loss,
+    Now,
+    Passes,
+    Stateless,
+    Target,
+    Undiscounted,
+    check_passes,
+    passes_in_words,
+)
 from upslope.algorithms.ratios import chosen_log_prob, step_average
 from upslope.errors import UsageError
 from upslope.estimators import kto, sequence_log_prob, sequence_log_ratio, trajectory_mean
@@ -135,5 +144,5 @@ class KTO(Undiscounted, Stateless):
             "reference": "frozen; d = sum over tokens of l - f",
             "ratio": "none: nobody sampled these",
             "reduction": "mean over answers",
-            "passes": f"{self.epochs} epochs x {self.minibatches} minibatches of whole rows",
+            "passes": f"{passes_in_words(self.epochs, self.minibatches)} of whole rows",
         }

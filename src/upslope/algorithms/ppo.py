@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upslope.algorithms.critic_advantage import gae_signal
 from upslope.algorithms.protocol import (
+    DISCOUNT_DROPPED,
     Loss,
     Now,
     Passes,
@@ -27,6 +28,7 @@ from upslope.algorithms.protocol import (
     Target,
     check_passes,
     entropy_bias,
+    passes_in_words,
     scheduled,
     scheduled_in_words,
 )
@@ -229,7 +231,7 @@ class PPO:
             )
         return {
             "Psi": self.stale.advantage_in_words(self.gamma, self.gae_lambda),
-            "state weights": "gamma^t dropped (follows sum_s eta_1(s) sum_a grad pi q_gamma, not grad J_gamma)",
+            "state weights": DISCOUNT_DROPPED,
             "advantage scale": "standardised per minibatch" if self.normalize_advantage else "none",
             "ratio": self.stale.ratio_in_words(),
             "clip": f"{low} ({self.clip_schedule})" + (f", dual clip {self.dual_clip}" if self.dual_clip else ""),
@@ -242,7 +244,7 @@ class PPO:
             + ("v of V-trace" if self.stale.corrects_advantage else "GAE + V"),
             "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": "step_mean over each minibatch",
-            "passes": f"{self.epochs} epochs x {self.minibatches} minibatches"
+            "passes": passes_in_words(self.epochs, self.minibatches)
             + (", advantages recomputed before each pass" if self.recompute_advantage else ""),
         }
 

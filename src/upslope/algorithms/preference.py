@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from upslope.algorithms.pairs import pair_signal, pair_weight, told_right
-from upslope.algorithms.protocol import Loss, Now, Passes, Stateless, Target, Undiscounted, check_passes
+from upslope.algorithms.protocol import (
+    Loss,
+    Now,
+    Passes,
+    Stateless,
+    Target,
+    Undiscounted,
+    check_passes,
+    passes_in_words,
+)
 from upslope.algorithms.ratios import chosen_log_prob, step_average
 from upslope.estimators import (
     dpo_sigmoid,
@@ -184,5 +193,5 @@ class Preference(Undiscounted, Stateless):
             "NLL": "none" if self.nll_coefficient == 0.0 else nll,
             "ratio": "none: nobody sampled these",
             "reduction": "mean over pairs",
-            "passes": f"{self.epochs} epochs x {self.minibatches} minibatches of whole pairs",
+            "passes": f"{passes_in_words(self.epochs, self.minibatches)} of whole pairs",
         }

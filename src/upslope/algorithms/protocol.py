@@ -300,6 +300,19 @@ def scheduled_in_words(name: ScheduleName, initial: float) -> str:
     return f"{initial} at the start of the run, 0 at its end ({name})"
 
 
+def passes_in_words(epochs: int, minibatches: int) -> str:
+    """How often an update goes through its batch, and in how many parts, for `Algorithm.describe`.
+
+    >>> passes_in_words(4, 1), passes_in_words(1, 8)
+    ('4 epochs x 1 minibatch', '1 epoch x 8 minibatches')
+    """
+    return f"{epochs} epoch{'' if epochs == 1 else 's'} x {minibatches} minibatch{'' if minibatches == 1 else 'es'}"
+
+
+DISCOUNT_DROPPED = "gamma^t dropped (follows sum_s eta_1(s) sum_a grad pi q_gamma, not grad J_gamma)"
+"""The weights of states of what follows "undiscounted_states", for `Algorithm.describe`."""
+
+
 def entropy_bias(coefficient: float) -> tuple[str, ...]:
     """What an entropy bonus does to the direction, in words."""
     return ("the entropy bonus adds its own gradient",) if coefficient != 0.0 else ()

@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from upslope.algorithms.protocol import (
+    DISCOUNT_DROPPED,
     Condition,
     Loss,
     Now,
@@ -159,7 +160,7 @@ class Reinforce(Stateless):
 
     def describe(self) -> Mapping[str, str]:
         """The estimator in words."""
-        kept = "gamma^t kept: the gradient of J_gamma" if self.discounted_states else "gamma^t dropped"
+        kept = "gamma^t kept: the gradient of J_gamma" if self.discounted_states else DISCOUNT_DROPPED
         if self.psi == "total_reward":
             kept = "none needed: gamma is inside the return"
         with_lambda = self.psi in ("action_value", "advantage")

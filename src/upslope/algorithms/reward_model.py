@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from upslope.algorithms.pairs import pair_signal, pair_weight, told_right
-from upslope.algorithms.protocol import Loss, Now, Passes, Stateless, Target, Undiscounted, check_passes
+from upslope.algorithms.protocol import (
+    Loss,
+    Now,
+    Passes,
+    Stateless,
+    Target,
+    Undiscounted,
+    check_passes,
+    passes_in_words,
+)
 from upslope.estimators import trajectory_mean
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
 
@@ -98,5 +107,5 @@ class RewardModel(Undiscounted, Stateless):
             "score": "V at the last chosen step of a row",
             "centering": f"{self.centering_coefficient} x (score_w + score_l)^2",
             "reduction": "mean over pairs",
-            "passes": f"{self.epochs} epochs x {self.minibatches} minibatches of whole pairs",
+            "passes": f"{passes_in_words(self.epochs, self.minibatches)} of whole pairs",
         }

@@ -27,6 +27,7 @@ from upslope.algorithms.protocol import (
     Undiscounted,
     check_passes,
     entropy_bias,
+    passes_in_words,
     scheduled,
     scheduled_in_words,
 )
@@ -159,5 +160,5 @@ class RLOO(Undiscounted, Stateless):
             "KL": self.reference_kl.describe(),
             "entropy bonus": scheduled_in_words(self.entropy_schedule, self.entropy_coefficient),
             "reduction": describe_reduction("trajectory_sum", None),
-            "passes": f"{self.epochs} epochs x {self.minibatches} minibatches of whole trajectories",
+            "passes": f"{passes_in_words(self.epochs, self.minibatches)} of whole trajectories",
         }

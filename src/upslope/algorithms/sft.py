@@ -15,7 +15,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from upslope.algorithms.protocol import Loss, Now, Passes, Stateless, Target, Undiscounted, check_passes
+from upslope.algorithms.protocol import (
+    Loss,
+    Now,
+    Passes,
+    Stateless,
+    Target,
+    Undiscounted,
+    check_passes,
+    passes_in_words,
+)
 from upslope.algorithms.ratios import chosen_log_prob, describe_reduction, reduced, step_average
 from upslope.estimators import negative_log_likelihood, weighted_sum
 from upslope.trajectory import Batch, Evaluation, Signal, Trajectory
@@ -75,5 +84,5 @@ class SFT(Undiscounted, Stateless):
             "loss": "negative log-likelihood of the demonstrations",
             "ratio": "none: nobody sampled these",
             "reduction": describe_reduction(self.reduction, None),
-            "passes": f"{self.epochs} epochs x {self.minibatches} minibatches of whole rows",
+            "passes": f"{passes_in_words(self.epochs, self.minibatches)} of whole rows",
         }

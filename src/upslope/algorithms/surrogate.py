@@ -16,6 +16,7 @@ from torch import Tensor
 from upslope.algorithms.critic_advantage import gae_signal
 from upslope.algorithms.group_baseline import group_signal
 from upslope.algorithms.protocol import (
+    DISCOUNT_DROPPED,
     Condition,
     Loss,
     NaturalStep,
@@ -25,6 +26,7 @@ from upslope.algorithms.protocol import (
     Stateless,
     Target,
     entropy_bias,
+    passes_in_words,
     scheduled,
     scheduled_in_words,
 )
@@ -148,13 +150,13 @@ class NaturalAscent(Stateless):
             "group": "total reward of the trajectory (gamma=1) less the mean of the others of its group, at every step",
         }
         fit = (
-            f"0.5 (V - target)^2, {self.critic_epochs} epochs x {self.critic_minibatches} minibatches after the "
-            "actor's step; target = GAE + V"
+            f"0.5 (V - target)^2, {passes_in_words(self.critic_epochs, self.critic_minibatches)} after the actor's "
+            "step; target = GAE + V"
         )
         with_critic = self.psi == "gae"
         return {
             "Psi": psi[self.psi],
-            "state weights": "gamma^t dropped",
+            "state weights": DISCOUNT_DROPPED,
             "advantage scale": "standardised over the batch" if self.normalize_advantage else "none",
             "ratio": "per step, exp(log_prob - behaviour_log_prob), unclipped",
             "value error": fit if with_critic else "no critic",

@@ -29,6 +29,8 @@ what differs from its default is highlighted. With --against: only where the est
   upslope describe grpo --scale none --against rloo"""
 
 _AGAINST = "--against"
+_ABSENT = ("none", "never")
+"""What a row says of a part that an estimator does not have."""
 _PEERS = ("trl", "verl", "openrlhf", "nemo-rl", "prime-rl")
 """Libraries whose GRPO the recipe `grpo-NAME` is: their names alone will do."""
 
@@ -81,7 +83,7 @@ def _differences(first: Sequence[str], second: Sequence[str]) -> int:
     differing = {
         row: (one.estimator.get(row), other.estimator.get(row))
         for row in dict.fromkeys([*one.estimator, *other.estimator])
-        if one.estimator.get(row) != other.estimator.get(row)
+        if _in_effect(one.estimator.get(row)) != _in_effect(other.estimator.get(row))
     }
     console = Console()
     names = (one.name, other.name) if one.name != other.name else (" ".join(first), " ".join(second))
@@ -89,8 +91,14 @@ def _differences(first: Sequence[str], second: Sequence[str]) -> int:
         say(console, f"{names[0]} and {names[1]} have the same estimator: {len(one.estimator)} rows are equal")
         return DONE
     console.print(differences_table(differing, names))
-    say(console, f"{len(set(one.estimator) | set(other.estimator)) - len(differing)} other rows are equal", style="dim")
+    equal = len(set(one.estimator) | set(other.estimator)) - len(differing)
+    say(console, f"{equal} other {'row is' if equal == 1 else 'rows are'} equal", style="dim")
     return DONE
+
+
+def _in_effect(text: str | None) -> str | None:
+    """A row of an estimator; None where it says that there is none of it, as where there is no such row."""
+    return None if text in _ABSENT else text
 
 
 def _described(arguments: Sequence[str]) -> _Described:
