@@ -229,3 +229,9 @@ def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     for line in (tmp_path / JOURNAL).read_bytes().splitlines():
         json.loads(line)
     assert isinstance(again.study, optuna.Study)
+
+
+def test_one_trial_is_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tune", "mine.py:small", "--steps", "32", "--search", "algorithm.clip=0.1..0.3", "--trials", "1"]
+    assert main(words) == 0
+    assert "1 trial: 1 finished" in capsys.readouterr().out

@@ -192,7 +192,8 @@ def _conclude(study: Study, command: Tune, *, stopped: bool) -> int:
     complete, ended = study.complete(), study.ended()
     failed = [one for one in ended if one.state.name == "FAIL"]
     given_up = len(ended) - len(complete) - len(failed)
-    say(console, f"{len(ended)} trials: {len(complete)} finished, {given_up} given up, {len(failed)} failed")
+    trials = "1 trial" if len(ended) == 1 else f"{len(ended)} trials"
+    say(console, f"{trials}: {len(complete)} finished, {given_up} given up, {len(failed)} failed")
     if failed:
         say(console, f"trial {failed[-1].number} failed: {failed[-1].user_attrs.get('error', '')}", style="yellow")
     if complete:
