@@ -106,7 +106,7 @@ class Trajectory:
         following = torch.zeros_like(value)
         following[:, :-1] = value[:, 1:]
         following.masked_fill_(self.terminated, 0.0)
-        following.view(-1)[self.final_index] = final_value
+        following.view(-1).index_copy_(0, self.final_index, final_value)
         return following
 
 

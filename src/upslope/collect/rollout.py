@@ -71,6 +71,8 @@ class Rollout:
         """
         before = np.zeros((len(start), self.live.shape[1] + 1), dtype=np.int64)
         np.cumsum(self.live, axis=1, out=before[:, 1:])
+        if not self.ends:
+            return before + start[:, None]
         origin = np.full_like(before, _LONG_AGO)
         origin[:, 0] = -start
         done = self.terminated | self.truncated
@@ -87,6 +89,8 @@ class Rollout:
             (position, environment, return) in order of time, and the new [N] running sums.
         """
         count, steps = self.reward.shape
+        if not self.ends:
+            return [], running + np.where(self.live, self.reward, 0.0).sum(axis=1)
         done = self.terminated | self.truncated
         starts = np.zeros((count, steps + 1), dtype=bool)
         starts[:, 0] = True

@@ -176,7 +176,7 @@ def weighted_sum(value: Tensor, weight: Tensor) -> Tensor:
     if value.shape != weight.shape:
         raise ValueError(f"weight must have the shape of value, {tuple(value.shape)}; got {tuple(weight.shape)}")
     if value.is_cpu:
-        total = (value * weight).sum()
+        total = torch.dot(value, weight) if value.ndim == 1 and value.dtype == weight.dtype else (value * weight).sum()
         if math.isfinite(total.item()):  # 0 * NaN and 0 * inf would show: there is nothing to hide
             return total
     return (value.masked_fill(weight == 0, 0.0) * weight).sum()

@@ -168,11 +168,12 @@ class ActorCritic(nn.Module):
         together = self._normalized(join_observations(observation, trajectory.final_observation))
         parameters, value = self._outputs(together)
         assert value is not None
-        present, final = value.split([shape.numel(), len(value) - shape.numel()])
-        log_prob, entropy = self.head.log_prob_and_entropy(parameters[: len(present)], action)
-        distribution = HeadDistribution(self.head, parameters[: len(present)])
-        evaluation = Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=present)
-        return evaluation, trajectory.next_value(present.detach().view(shape), final.detach())
+        count, seen = shape.numel(), value.detach()
+        parameters, value = parameters.narrow(0, 0, count), value.narrow(0, 0, count)
+        log_prob, entropy = self.head.log_prob_and_entropy(parameters, action)
+        distribution = HeadDistribution(self.head, parameters)
+        evaluation = Evaluation(log_prob=log_prob, entropy=entropy, distribution=distribution, value=value)
+        return evaluation, trajectory.next_value(seen[:count].view(shape), seen[count:])
 
     def _evaluate_rows(self, steps: Steps) -> Evaluation:
         if steps.mask.dim() != 2:

@@ -104,8 +104,10 @@ def _afterwards(
             kl = batch.behaviour_distribution.kl(policy.evaluate(batch).distribution)
         metrics["kl_after"] = float(kl[batch.mask].mean())
     if value is not None and signal.value_target is not None:
-        chosen = trajectory.mask if trajectory.partial_mask is not None else ...
-        metrics["explained_variance"] = explained_variance(value[chosen], signal.value_target[chosen])
+        target, mask = signal.value_target, trajectory.partial_mask
+        if mask is not None:
+            value, target = value[mask], target[mask]
+        metrics["explained_variance"] = explained_variance(value, target)
     return metrics
 
 
