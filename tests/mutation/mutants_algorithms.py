@@ -51,7 +51,7 @@ IN_TRAJECTORY = (
     Mutant(
         "V' of the reset state",
         TRAJECTORY,
-        "following.view(-1)[self.final_index] = final_value",
+        "following.view(-1).index_copy_(0, self.final_index, final_value)",
         "following[:, -1] = value[:, 0]",
         "the state after the reset for the final one",
         (LIMITED, A2C_LIMITED),
@@ -69,8 +69,8 @@ IN_TRAJECTORY = (
     Mutant(
         "final values in the wrong order",
         TRAJECTORY,
-        "following.view(-1)[self.final_index] = final_value",
-        "following.view(-1)[self.final_index] = final_value.flip(0)",
+        "index_copy_(0, self.final_index, final_value)",
+        "index_copy_(0, self.final_index, final_value.flip(0))",
         "ends of the batch exchange their values",
         ("drawn: episodes, time limit",),
         (LOSSES_OF_A2C,),

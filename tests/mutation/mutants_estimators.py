@@ -504,8 +504,8 @@ IN_REDUCTIONS = (
     Mutant(
         "weighted_sum without weights",
         REDUCTIONS,
-        "total = (value * weight).sum()",
-        "total = (value * (weight != 0)).sum()",
+        "torch.dot(value, weight) if value.ndim == 1 and value.dtype == weight.dtype else (value * weight).sum()",
+        "(value * (weight != 0)).sum()",
         "a sum over chosen steps",
         ("weighted_sum",),
         ("test_a_weighted_sum_hides_rubbish_and_its_gradient",),

@@ -157,7 +157,7 @@ def _seen_at_once(
     """
     once = passes.epochs * passes.minibatches == 1 and optimizer.micro_batches == 1
     once = once and not isinstance(passes.rule, NaturalStep) and passes.critic and passes.values_first
-    if not once or policy.sequential or passes.whole_rows or trajectory.partial_mask is not None:
+    if not once or policy.sequential or passes.whole_rows or not bool(trajectory.mask.all()):
         return None
     return policy.evaluate_with_next_value(trajectory)
 
