@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope import streams
-from upslope.streams import Purpose, derived_seed, stream, torch_stream
+from upslope.streams import LateStream, Purpose, derived_seed, stream, torch_stream
 
 
 def test_equations_in_docstrings_run():
@@ -42,3 +42,9 @@ def test_torch_streams_leave_the_global_generator_alone():
 def test_negative_seeds_and_indices_are_refused(arguments):
     with pytest.raises(ValueError, match="non-negative"):
         stream(*arguments)
+
+
+def test_a_late_stream_is_the_stream_from_its_first_draw_on() -> None:
+    late, drawn = LateStream(5, Purpose.SHUFFLE, 0, 7), stream(5, Purpose.SHUFFLE, 0, 7)
+    for count in (10, 10, 3):
+        assert late.permutation(count).tolist() == drawn.permutation(count).tolist()

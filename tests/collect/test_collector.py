@@ -20,6 +20,7 @@ from upslope.collect import (
 from upslope.collect.actions import RandomPolicy
 from upslope.collect.conformance import TickPolicy
 from upslope.collect.evaluation import environment_seeds
+from upslope.collect.rollout import Rollout
 from upslope.streams import Purpose
 
 
@@ -298,3 +299,10 @@ def test_acting_uses_no_more_threads_than_there_is_work_for(count, threads):
     finally:
         torch.set_num_threads(before)
     assert seen == {threads}
+
+
+def test_times_go_on_through_rollouts_in_which_nothing_ends() -> None:
+    action, observation = np.zeros(2, dtype=np.int64), np.zeros((2, 1), dtype=np.float32)
+    rollout = Rollout.allocate(observation, action, 3)
+    rollout.live[1, 0] = False
+    assert rollout.decision_times(np.array([4, 9])).tolist() == [[4, 5, 6, 7], [9, 9, 10, 11]]

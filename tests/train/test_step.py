@@ -175,6 +175,22 @@ def test_micro_batches_add_up_to_the_same_step_and_the_same_metrics(
         assert parts.metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
 
 
+class WholeRows(A2C):
+    """A2C whose loss looks at whole rows."""
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(behaviour_log_prob=False, whole_rows=True)
+
+    def loss(self, batch: Batch, evaluation: Evaluation, now: Now) -> Loss:
+        assert batch.mask.shape == evaluation.log_prob.shape == (3, 7)
+        return A2C.loss(self, batch, evaluation, now)
+
+
+def test_a_loss_of_whole_rows_sees_rows_in_the_only_step_too() -> None:
+    torch.testing.assert_close(update(WholeRows())[1], update(A2C())[1])
+
+
 def garbled(trajectory: Trajectory) -> Trajectory:
     """The same experience with nonsense wherever the policy did not choose."""
     hidden = ~trajectory.mask
